@@ -1,0 +1,1 @@
+"""The arithmetic: tensors in, tensors out; imports nothing of the other packages."""

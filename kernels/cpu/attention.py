@@ -1,0 +1,315 @@
+"""Paged attention with an online softmax over rounds of 64 keys, for decode and for prefill.
+
+A worker takes one KV head of one sequence (in prefill, of one tile of its queries), with all query
+heads of the group: rows r = token · group + head. In decode the few rows take dot products with the
+keys as they lie in their pages. In prefill a round of keys is widened and transposed once and
+serves all rows of the tile by outer products, four rows at a time.
+
+Scratch is fp32 and passed as addresses: q and acc [rows, padded], m and l [rows], s [4, KEYS]; the
+head size is padded with zeros to a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels.cpu.runtime import kernel, part
+from kernels.cpu.simd import (
+    add,
+    bf16,
+    exp,
+    f32,
+    fma,
+    i32,
+    largest,
+    load,
+    load_part,
+    maximum,
+    mul,
+    splat,
+    store,
+    store_part,
+    sub,
+    total,
+    zero,
+)
+
+KEYS = 64
+"""Keys of one round of the online softmax."""
+QUERIES = 32
+"""Query tokens of one tile of prefill."""
+MASKED = np.float32(-1e30)
+"""The score of a key that a row may not see; its weight underflows."""
+
+
+@part
+def _begin_rows(q, m, l, acc, qkv, at, row_size, dim, padded, num_rows, group, scale):  # type: ignore[no-untyped-def]  # noqa: E501
+    """q = scale · the queries from qkv[at:]; m, l, acc of rows that have seen no key."""
+    factor = splat(np.float32(scale))
+    for r in range(num_rows):
+        place = at + r // group * row_size + r % group * dim
+        f32(m)[r], f32(l)[r] = MASKED, np.float32(0.0)
+        for i in range(0, padded, 16):
+            v = mul(load_part(qkv, place + i, min(16, dim - i)), factor)
+            store(f32(q), r * padded + i, v)
+            store(f32(acc), r * padded + i, zero())
+
+
+@part
+def _end_rows(out, at, row_size, l, acc, dim, padded, num_rows, group):  # type: ignore[no-untyped-def]
+    """Out = acc / l."""
+    for r in range(num_rows):
+        place = at + r // group * row_size + r % group * dim
+        share = splat(np.float32(1.0) / f32(l)[r])
+        for i in range(0, padded, 16):
+            v = mul(load(f32(acc), r * padded + i), share)
+            store_part(out, place + i, v, min(16, dim - i))
+
+
+@part
+def _to_weights(s, m, l, acc, padded, low, high):  # type: ignore[no-untyped-def]
+    """Turn one row's scores into weights of keys low .. high; rescale its l and acc to the new m.
+
+    s, m, l, acc: addresses of the row's own.
+    """
+    scores = f32(s)
+    for j in range(0, low):
+        scores[j] = MASKED
+    for j in range(max(low, high), KEYS):
+        scores[j] = MASKED
+    top = splat(f32(m)[0])
+    for j in range(0, KEYS, 16):
+        top = maximum(top, load(scores, j))
+    new_max = largest(top)
+    rescale = np.exp(f32(m)[0] - new_max)
+    shift, sums = splat(new_max), zero()
+    for j in range(0, KEYS, 16):
+        weights = exp(sub(load(scores, j), shift))
+        store(scores, j, weights)
+        sums = add(sums, weights)
+    f32(m)[0] = new_max
+    f32(l)[0] = f32(l)[0] * rescale + total(sums)
+    if rescale != np.float32(1.0):
+        for i in range(0, padded, 16):
+            store(f32(acc), i, mul(load(f32(acc), i), splat(rescale)))
+
+
+@part
+def _key_at(table, token, page_stride, block_size, width):  # type: ignore[no-untyped-def]
+    """Element of the KV cache where the keys of a token begin."""
+    page = np.int64(i32(table)[token // block_size])
+    return page * page_stride + token % block_size * width
+
+
+@part
+def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, scratch):  # type: ignore[no-untyped-def]
+    """One KV head of one sequence with one query."""
+    group, dim, padded, page_stride, block_size, width, head_at, scale = shape
+    q, m, l, acc, s = scratch
+    values_at = block_size * width
+    _begin_rows(q, m, l, acc, qkv, q_at, 0, dim, padded, group, group, scale)
+    full = dim // 16 * 16
+    for first in range(low // KEYS * KEYS, length, KEYS):
+        count = min(KEYS, length - first)
+        begin = max(0, low - first)
+        for j in range(begin, count):
+            at = _key_at(table, first + j, page_stride, block_size, width) + head_at
+            for r in range(group):
+                sums = zero()
+                for i in range(0, full, 16):
+                    sums = fma(load(f32(q), r * padded + i), load(kv, at + i), sums)
+                if full < dim:
+                    key = load_part(kv, at + full, dim - full)
+                    sums = fma(load(f32(q), r * padded + full), key, sums)
+                f32(s)[r * KEYS + j] = total(sums)
+        for r in range(group):
+            row = acc + 4 * r * padded
+            _to_weights(s + 4 * r * KEYS, m + 4 * r, l + 4 * r, row, padded, begin, count)
+        for j in range(begin, count):
+            at = _key_at(table, first + j, page_stride, block_size, width) + head_at + values_at
+            for r in range(group):
+                weight, row = splat(f32(s)[r * KEYS + j]), r * padded
+                for i in range(0, full, 16):
+                    v = fma(weight, load(kv, at + i), load(f32(acc), row + i))
+                    store(f32(acc), row + i, v)
+                if full < dim:
+                    v = load_part(kv, at + full, dim - full)
+                    v = fma(weight, v, load(f32(acc), row + full))
+                    store(f32(acc), row + full, v)
+    _end_rows(out, out_at, 0, l, acc, dim, padded, group, group)
+
+
+@part
+def _widen_round(k, v, kv, table, first, count, page_stride, block_size, width, head_at, dim, padded):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Keys first .. first + count to k [padded, KEYS], transposed; values to v [KEYS, padded]."""
+    line = k + 4 * padded * KEYS
+    for j in range(count):
+        at = _key_at(table, first + j, page_stride, block_size, width) + head_at
+        for i in range(0, padded, 16):
+            n = min(16, dim - i)
+            store(f32(line), i, load_part(kv, at + i, n))
+            store(f32(v), j * padded + i, load_part(kv, at + block_size * width + i, n))
+        for i in range(dim):
+            f32(k)[i * KEYS + j] = f32(line)[i]
+
+
+@part
+def _score_four(s, q, k, padded, dim):  # type: ignore[no-untyped-def]
+    """s[0..3, j] = q[0..3] · k[j] for all KEYS."""
+    q0, q1, q2, q3 = f32(q), f32(q + 4 * padded), f32(q + 8 * padded), f32(q + 12 * padded)
+    keys, out = f32(k), f32(s)
+    for j in range(0, KEYS, 32):
+        a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+        b0, b1, b2, b3 = zero(), zero(), zero(), zero()
+        for i in range(dim):
+            x, y = load(keys, i * KEYS + j), load(keys, i * KEYS + j + 16)
+            w0, w1, w2, w3 = splat(q0[i]), splat(q1[i]), splat(q2[i]), splat(q3[i])
+            a0, a1, a2, a3 = fma(w0, x, a0), fma(w1, x, a1), fma(w2, x, a2), fma(w3, x, a3)
+            b0, b1, b2, b3 = fma(w0, y, b0), fma(w1, y, b1), fma(w2, y, b2), fma(w3, y, b3)
+        store(out, j, a0)
+        store(out, j + 16, b0)
+        store(out, j + KEYS, a1)
+        store(out, j + KEYS + 16, b1)
+        store(out, j + 2 * KEYS, a2)
+        store(out, j + 2 * KEYS + 16, b2)
+        store(out, j + 3 * KEYS, a3)
+        store(out, j + 3 * KEYS + 16, b3)
+
+
+@part
+def _add_values_four(acc, s, v, padded, count):  # type: ignore[no-untyped-def]
+    """acc[0..3] += s[0..3] · v."""
+    values, out, w = f32(v), f32(acc), f32(s)
+    for i in range(0, padded, 16):
+        a0, a1 = load(out, i), load(out, padded + i)
+        a2, a3 = load(out, 2 * padded + i), load(out, 3 * padded + i)
+        for j in range(count):
+            x = load(values, j * padded + i)
+            a0, a1 = fma(splat(w[j]), x, a0), fma(splat(w[KEYS + j]), x, a1)
+            a2, a3 = fma(splat(w[2 * KEYS + j]), x, a2), fma(splat(w[3 * KEYS + j]), x, a3)
+        store(out, i, a0)
+        store(out, padded + i, a1)
+        store(out, 2 * padded + i, a2)
+        store(out, 3 * padded + i, a3)
+
+
+@part
+def _prefill_tile(  # type: ignore[no-untyped-def]
+    out, out_at, out_size, qkv, q_at, row_size, kv, table, position, num_queries, window, shape,
+    scratch,
+):  # fmt: skip
+    """One KV head of `num_queries` queries, the first of which stands at `position`."""
+    group, dim, padded, page_stride, block_size, width, head_at, scale = shape
+    q, m, l, acc, s, k, v = scratch
+    rows = num_queries * group
+    _begin_rows(q, m, l, acc, qkv, q_at, row_size, dim, padded, rows, group, scale)
+    oldest = max(0, position - window + 1) if window > 0 else 0
+    length = position + num_queries
+    for first in range(oldest // KEYS * KEYS, length, KEYS):
+        count = min(KEYS, length - first)
+        _widen_round(
+            k, v, kv, table, first, count, page_stride, block_size, width, head_at, dim, padded
+        )
+        for row in range(0, rows, 4):
+            num_live = min(4, rows - row)
+            if position + (row + num_live - 1) // group < first:
+                continue
+            place = 4 * row * padded
+            _score_four(s, q + place, k, padded, dim)
+            for r in range(num_live):
+                at = row + r
+                newest = position + at // group
+                low = newest - window + 1 - first if window > 0 else 0
+                high = min(count, newest + 1 - first)
+                _to_weights(
+                    s + 4 * r * KEYS, m + 4 * at, l + 4 * at, acc + 4 * at * padded, padded,
+                    min(KEYS, max(0, low)), max(0, high),
+                )  # fmt: skip
+            _add_values_four(acc + place, s, v, padded, count)
+    _end_rows(out, out_at, out_size, l, acc, dim, padded, rows, group)
+
+
+@kernel
+def decode(  # type: ignore[no-untyped-def]
+    half, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
+    sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
+    num_workers,
+):  # fmt: skip
+    """Addresses of the arguments of `kernels.reference.paged_attention`; one query a sequence."""
+    group, padded = num_heads // num_kv_heads, (dim + 15) // 16 * 16
+    num_items = num_sequences * num_kv_heads
+    for worker in prange(num_workers):
+        room = np.empty(2 * group * padded + 2 * group + group * KEYS, np.float32)
+        q = np.int64(room.ctypes.data)
+        acc = q + 4 * group * padded
+        s = acc + 4 * group * padded
+        m = s + 4 * group * KEYS
+        scratch = (q, m, m + 4 * group, acc, s)
+        for item in range(worker, num_items, num_workers):
+            sequence = np.int64(i32(sequences)[item // num_kv_heads])
+            head = item % num_kv_heads
+            token = np.int64(i32(query_start)[sequence])
+            length = np.int64(i32(context_len)[sequence])
+            low = max(0, length - window) if window > 0 else 0
+            table = block_table + 4 * sequence * max_blocks
+            width = num_kv_heads * dim
+            shape = (group, dim, padded, page_stride, block_size, width, head * dim, scale)
+            out_at = token * num_heads * dim + head * group * dim
+            q_at = token * row_size + head * group * dim
+            if half:
+                _decode_one(
+                    bf16(out), out_at, bf16(qkv), q_at, bf16(kv), table, length, low, shape, scratch
+                )
+            else:
+                _decode_one(
+                    f32(out), out_at, f32(qkv), q_at, f32(kv), table, length, low, shape, scratch
+                )
+
+
+@kernel
+def prefill(  # type: ignore[no-untyped-def]
+    half, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
+    sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
+    num_workers,
+):  # fmt: skip
+    """As `decode`, for sequences with any number of queries; tiles go to workers in turn."""
+    group, padded = num_heads // num_kv_heads, (dim + 15) // 16 * 16
+    rows = (QUERIES * group + 3) // 4 * 4
+    for worker in prange(num_workers):
+        room = np.zeros(
+            2 * rows * padded + 2 * rows + 4 * KEYS + 2 * padded * KEYS + padded, np.float32
+        )
+        q = np.int64(room.ctypes.data)
+        acc = q + 4 * rows * padded
+        s = acc + 4 * rows * padded
+        v = s + 16 * KEYS
+        k = v + 4 * padded * KEYS
+        m = k + 4 * padded * KEYS + 4 * padded
+        scratch = (q, m, m + 4 * rows, acc, s, k, v)
+        width, item = num_kv_heads * dim, 0
+        for index in range(num_sequences):
+            sequence = np.int64(i32(sequences)[index])
+            start = np.int64(i32(query_start)[sequence])
+            stop = np.int64(i32(query_start)[sequence + 1])
+            offset = np.int64(i32(context_len)[sequence]) - stop
+            table = block_table + 4 * sequence * max_blocks
+            for token in range(start, stop, QUERIES):
+                count = min(QUERIES, stop - token)
+                for head in range(num_kv_heads):
+                    item += 1
+                    if item % num_workers != worker:
+                        continue
+                    shape = (group, dim, padded, page_stride, block_size, width, head * dim, scale)
+                    out_at = (token * num_heads + head * group) * dim
+                    q_at = token * row_size + head * group * dim
+                    if half:
+                        _prefill_tile(
+                            bf16(out), out_at, num_heads * dim, bf16(qkv), q_at, row_size, bf16(kv),
+                            table, token + offset, count, window, shape, scratch,
+                        )  # fmt: skip
+                    else:
+                        _prefill_tile(
+                            f32(out), out_at, num_heads * dim, f32(qkv), q_at, row_size, f32(kv),
+                            table, token + offset, count, window, shape, scratch,
+                        )  # fmt: skip

@@ -1,0 +1,205 @@
+"""The operations of `kernels.reference` for tensors on the CPU, in fp32 or bf16."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import activation, adapters, attention, norm, rope
+from kernels.cpu.runtime import workers
+from kernels.layout import AdapterIndex, AttentionIndex, RankRows, TargetSpan
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.rms_norm`."""
+    half = _is_bf16(x, weight)
+    out = torch.empty_like(x)
+    norm.rms_norm(half, out.data_ptr(), x.data_ptr(), weight.data_ptr(), *x.shape, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.add_rms_norm`."""
+    half = _is_bf16(x, residual, weight)
+    out = torch.empty_like(x)
+    norm.add_rms_norm(
+        half,
+        out.data_ptr(),
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        *x.shape,
+        eps,
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `kernels.reference.silu_mul`."""
+    half = _is_bf16(gate_up)
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_tokens, width)
+    activation.silu_mul(half, out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
+    return out
+
+
+def rope_store_kv(
+    qkv: Tensor,
+    cos_sin: Tensor | None,
+    positions: Tensor,
+    kv_cache: Tensor,
+    kv_slot: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """See `kernels.reference.rope_store_kv`."""
+    half = _is_bf16(qkv)
+    page_stride, block_size, num_kv_heads, head_dim = _kv_shape(kv_cache, qkv)
+    rope.rope_store_kv(
+        half,
+        qkv.data_ptr(),
+        qkv.shape[0],
+        qkv.shape[1] // head_dim - 2 * num_kv_heads,
+        num_kv_heads,
+        head_dim,
+        _address(q_norm),
+        _address(k_norm),
+        eps,
+        _address(cos_sin),
+        positions.data_ptr(),
+        kv_cache.data_ptr(),
+        page_stride,
+        block_size,
+        kv_slot.data_ptr(),
+    )
+
+
+def paged_attention(
+    qkv: Tensor, kv_cache: Tensor, index: AttentionIndex, scale: float, window: int = 0
+) -> Tensor:
+    """See `kernels.reference.paged_attention`."""
+    half = _is_bf16(qkv)
+    page_stride, block_size, num_kv_heads, head_dim = _kv_shape(kv_cache, qkv)
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
+    for function, sequences in (
+        (attention.decode, index.decode),
+        (attention.prefill, index.prefill),
+    ):
+        if len(sequences):
+            function(
+                half,
+                out.data_ptr(),
+                qkv.data_ptr(),
+                qkv.shape[1],
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                kv_cache.data_ptr(),
+                page_stride,
+                block_size,
+                sequences.data_ptr(),
+                len(sequences),
+                index.query_start.data_ptr(),
+                index.context_len.data_ptr(),
+                index.block_table.data_ptr(),
+                index.block_table.shape[1],
+                scale,
+                window,
+                workers(),
+            )
+    return out
+
+
+def add_adapters(
+    out: Tensor,
+    x: Tensor,
+    storage: Tensor,
+    rows: RankRows,
+    index: AdapterIndex,
+    span: TargetSpan,
+) -> None:
+    """See `kernels.reference.add_adapters`."""
+    if not index.max_segment or not index.max_span_rows:
+        return
+    _check_rows(out, x, storage, span)
+    out_start, max_columns = _columns(span.out_start)
+    adapters.add_adapters(
+        storage.dtype == torch.bfloat16,
+        out.data_ptr(),
+        out.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[1],
+        storage.data_ptr(),
+        index.segment_start.data_ptr(),
+        index.segment_slot.data_ptr(),
+        len(index.segment_slot),
+        rows.row_ptr.data_ptr(),
+        rows.row_ptr.shape[1],
+        span.first,
+        rows.row_offset.data_ptr(),
+        rows.row_scale.data_ptr(),
+        rows.row_offset.shape[1],
+        out_start.data_ptr(),
+        len(span.out_start) - 1,
+        max_columns,
+        index.max_span_rows,
+        workers(),
+    )
+
+
+@functools.lru_cache
+def _columns(out_start: tuple[int, ...]) -> tuple[Tensor, int]:
+    widths = [b - a for a, b in zip(out_start, out_start[1:], strict=False)]
+    return torch.tensor(out_start, dtype=torch.int32), max(widths)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _is_bf16(*tensors: Tensor) -> bool:
+    """Whether the tensors are bf16; ValueError unless they are all bf16 or fp32, and contiguous."""
+    dtype = tensors[0].dtype
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"the CPU kernels take bfloat16 or float32, not {dtype}")
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            raise ValueError(f"tensors of one call have one dtype: {dtype} and {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous")
+    return dtype == torch.bfloat16
+
+
+def _kv_shape(kv_cache: Tensor, qkv: Tensor) -> tuple[int, int, int, int]:
+    """Page stride, block size, KV heads and head size of one layer's cache."""
+    _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    inner = (block_size * num_kv_heads * head_dim, num_kv_heads * head_dim, head_dim, 1)
+    if kv_cache.stride()[1:] != inner or kv_cache.dtype != qkv.dtype:
+        raise ValueError(
+            f"kv_cache is {kv_cache.dtype} with strides {kv_cache.stride()}; it must have qkv's "
+            f"dtype {qkv.dtype} and be strided over pages only, strides (any, {inner})"
+        )
+    return kv_cache.stride(0), block_size, num_kv_heads, head_dim
+
+
+def _check_rows(out: Tensor, x: Tensor, storage: Tensor, span: TargetSpan) -> None:
+    if not (out.dtype == x.dtype == storage.dtype) or out.dtype not in (
+        torch.bfloat16,
+        torch.float32,
+    ):
+        raise ValueError(
+            f"out {out.dtype}, x {x.dtype} and pages {storage.dtype} must all be bfloat16 or "
+            "all float32"
+        )
+    if out.stride(1) != 1 or x.stride(1) != 1:
+        raise ValueError("the rows of out and x must be contiguous")
+    if out.shape != (x.shape[0], span.out_start[-1]):
+        raise ValueError(
+            f"out is {tuple(out.shape)}; {x.shape[0]} tokens and {span.out_start[-1]} columns "
+            "are needed"
+        )

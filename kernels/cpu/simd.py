@@ -1,0 +1,288 @@
+"""Vectors of 16 fp32 lanes for numba: loads that widen bf16, stores that round to it, FMA, exp.
+
+numba has no vector type, and its loops are vectorised only where the compiler can prove what the
+author knows. Here a value of type `f32x16` is an LLVM <16 x float>, which LLVM maps to whatever the
+machine has (one AVX-512 register, two AVX, four NEON). Memory is a raw address and an index of
+elements: `f32(address)` and `bf16(address)` make typed pointers, and the functions below are
+compiled for either. bf16 widens by a shift: its bits are the upper half of an fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+"""Floating-point freedoms of the kernels: sums may be reordered; NaN and Inf keep their meaning."""
+
+_FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_BITS = ir.VectorType(_I32, LANES)
+_HALVES = ir.VectorType(_I16, LANES)
+
+
+class F32x16(types.Type):
+    """Numba's type of a vector of 16 fp32 lanes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="f32x16")
+
+
+f32x16 = F32x16()
+
+
+@register_model(F32x16)
+class _F32x16Model(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VECTOR)
+
+
+def _pointer_maker(element: Any) -> Any:
+    @intrinsic
+    def make(typingctx: Any, address: Any) -> Any:
+        result = types.CPointer(element)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(result))
+
+        return result(types.int64), codegen
+
+    return make
+
+
+f32 = _pointer_maker(types.float32)
+bf16 = _pointer_maker(types.uint16)
+i32 = _pointer_maker(types.int32)
+i64 = _pointer_maker(types.int64)
+
+
+def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(
+        single,
+        ir.Constant(vector, ir.Undefined),
+        ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES),
+    )
+
+
+def _call(builder: Any, name: str, result: Any, args: list[Any], fast: bool = False) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    flags = ("reassoc", "contract", "nsz") if fast else ()
+    return builder.call(function, args, fastmath=flags)
+
+
+def _lane_mask(builder: Any, count: Any) -> Any:
+    lanes = ir.Constant(_BITS, list(range(LANES)))
+    limit = _splat(builder, builder.trunc(count, _I32), _BITS)
+    return builder.icmp_signed("<", lanes, limit)
+
+
+def _widen(builder: Any, halves: Any) -> Any:
+    shift = ir.Constant(_BITS, [16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(halves, _BITS), shift), _VECTOR)
+
+
+def _round(builder: Any, vector: Any) -> Any:
+    """fp32 to bf16 bits, to nearest, ties to even; NaN stays NaN."""
+    bits = builder.bitcast(vector, _BITS)
+    constant = lambda value: ir.Constant(_BITS, [value] * LANES)  # noqa: E731
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", vector, vector)
+    safe = builder.select(is_nan, constant(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(safe, constant(16)), _HALVES)
+
+
+def _element_pointer(builder: Any, pointer: Any, index: Any, vector: Any) -> Any:
+    return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+
+
+def _is_bf16(pointer: Any) -> bool:
+    return bool(pointer.dtype == types.uint16)
+
+
+@intrinsic
+def load(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Lanes pointer[index .. index + 16], widened."""
+    half = _is_bf16(pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = _HALVES if half else _VECTOR
+        value = builder.load(_element_pointer(builder, args[0], args[1], kind), align=2 + 2 * (not half))
+        return _widen(builder, value) if half else value
+
+    return f32x16(pointer, types.int64), codegen
+
+
+@intrinsic
+def load_part(typingctx: Any, pointer: Any, index: Any, count: Any) -> Any:
+    """Lanes pointer[index .. index + count], widened; the lanes from `count` on are zero."""
+    half = _is_bf16(pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, suffix = (_HALVES, "i16") if half else (_VECTOR, "f32")
+        source = _element_pointer(builder, args[0], args[1], kind)
+        mask = _lane_mask(builder, args[2])
+        align = ir.Constant(_I32, 2 if half else 4)
+        value = _call(
+            builder,
+            f"llvm.masked.load.v16{suffix}.p0",
+            kind,
+            [source, align, mask, ir.Constant(kind, None)],
+        )
+        return _widen(builder, value) if half else value
+
+    return f32x16(pointer, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, pointer: Any, index: Any, vector: Any) -> Any:
+    """pointer[index .. index + 16] = vector, rounded."""
+    half = _is_bf16(pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = _HALVES if half else _VECTOR
+        value = _round(builder, args[2]) if half else args[2]
+        target = _element_pointer(builder, args[0], args[1], kind)
+        builder.store(value, target, align=2 + 2 * (not half))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, f32x16), codegen
+
+
+@intrinsic
+def store_part(typingctx: Any, pointer: Any, index: Any, vector: Any, count: Any) -> Any:
+    """pointer[index .. index + count] = the first lanes of vector, rounded."""
+    half = _is_bf16(pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, suffix = (_HALVES, "i16") if half else (_VECTOR, "f32")
+        value = _round(builder, args[2]) if half else args[2]
+        target = _element_pointer(builder, args[0], args[1], kind)
+        mask = _lane_mask(builder, args[3])
+        align = ir.Constant(_I32, 2 if half else 4)
+        _call(
+            builder, f"llvm.masked.store.v16{suffix}.p0", ir.VoidType(), [value, target, align, mask]
+        )
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, f32x16, types.int64), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, scalar: Any) -> Any:
+    """A vector whose lanes are all `scalar`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, args[0], _VECTOR)
+
+    return f32x16(types.float32), codegen
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """A·b + c, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "llvm.fma.v16f32", _VECTOR, list(args))
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+def _binary(name: str) -> Any:
+    @intrinsic
+    def operation(typingctx: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, name)(*args)
+
+        return f32x16(f32x16, f32x16), codegen
+
+    return operation
+
+
+add, sub, mul, div = _binary("fadd"), _binary("fsub"), _binary("fmul"), _binary("fdiv")
+
+
+@intrinsic
+def maximum(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of each lane pair."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "llvm.maxnum.v16f32", _VECTOR, list(args))
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def total(typingctx: Any, a: Any) -> Any:
+    """The sum of the lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero = ir.Constant(_FLOAT, 0.0)
+        return _call(builder, "llvm.vector.reduce.fadd.v16f32", _FLOAT, [zero, args[0]], fast=True)
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def largest(typingctx: Any, a: Any) -> Any:
+    """The largest lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "llvm.vector.reduce.fmax.v16f32", _FLOAT, [args[0]])
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def _round_to_int(typingctx: Any, a: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "llvm.rint.v16f32", _VECTOR, [args[0]])
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def _power_of_two(typingctx: Any, a: Any) -> Any:
+    """2^a for lanes that hold whole numbers in -127 .. 127."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = builder.fptosi(args[0], _BITS)
+        biased = builder.add(whole, ir.Constant(_BITS, [127] * LANES))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_BITS, [23] * LANES)), _VECTOR)
+
+    return f32x16(f32x16), codegen
+
+
+@njit(inline="always")
+def zero() -> Any:
+    """A vector of zeros."""
+    return splat(np.float32(0.0))
+
+
+@njit(inline="always")
+def exp(x: Any) -> Any:
+    """e^x, within 2 ulp for x in -87 .. 88; arguments outside are clamped to that range.
+
+    Cephes' expf: x = n·ln 2 + r, |r| ≤ ln 2 / 2, a polynomial in r, scaled by 2^n.
+    """
+    x = maximum(x, splat(np.float32(-87.0)))
+    x = sub(zero(), maximum(sub(zero(), x), splat(np.float32(-88.0))))
+    n = _round_to_int(mul(x, splat(np.float32(1.44269504088896341))))
+    r = fma(n, splat(np.float32(-0.693359375)), x)
+    r = fma(n, splat(np.float32(2.12194440e-4)), r)
+    p = splat(np.float32(1.9875691500e-4))
+    p = fma(p, r, splat(np.float32(1.3981999507e-3)))
+    p = fma(p, r, splat(np.float32(8.3334519073e-3)))
+    p = fma(p, r, splat(np.float32(4.1665795894e-2)))
+    p = fma(p, r, splat(np.float32(1.6666665459e-1)))
+    p = fma(p, r, splat(np.float32(5.0000001201e-1)))
+    p = fma(p, mul(r, r), add(r, splat(np.float32(1.0))))
+    return mul(p, _power_of_two(n))
