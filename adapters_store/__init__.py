@@ -1,0 +1,1 @@
+"""Adapters at rest: formats, validation, packing, versions; knows no device and no HTTP."""
