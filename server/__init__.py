@@ -1,0 +1,1 @@
+"""The processes: HTTP in, tokens out."""
