@@ -1,0 +1,1 @@
+"""The engine process: from requests to tokens, in one continuous batch."""

@@ -1,0 +1,77 @@
+"""One generation in progress: its tokens, what of them is computed, where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from server.engine.request import Submit
+
+
+class Status(Enum):
+    """Where a sequence stands; it may go back from RUNNING to WAITING (preempted)."""
+
+    WAITING = "waiting"  # has no blocks, pins no adapter
+    RUNNING = "running"  # admitted: has blocks and a slot
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Changed only by the scheduler's submit, plan, commit and cancel.
+
+    Invariant: 0 <= num_computed < num_tokens until it is finished; slot is set while RUNNING.
+    """
+
+    request: Submit
+    arrival: int  # place in the order of submission
+    token_ids: list[int] = field(init=False)  # the prompt, then what was generated
+    num_computed: int = 0  # leading tokens whose keys and values are in the KV cache
+    status: Status = Status.WAITING
+    slot: int | None = None  # -1 = base model; None = not admitted
+    adapter_digest: str | None = None  # of the slot that computed its tokens
+    num_passes: int = 0  # admissions of requests behind it while it waited
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def wanted_digest(self) -> str | None:
+        """Of the adapter that the request names; None = base model."""
+        return self.request.adapter.digest if self.request.adapter else None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and generated."""
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens, a stop token left out."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens that have no keys and values yet; 1 = decode, more = prefill."""
+        return len(self.token_ids) - self.num_computed
+
+    def check(self) -> None:
+        """Recompute the invariant; AssertionError when it does not hold."""
+        prompt = list(self.request.prompt_token_ids)
+        assert self.token_ids[: len(prompt)] == prompt, "the prompt was changed"
+        assert (self.slot is not None) == (self.status is Status.RUNNING)
+        if self.status is Status.WAITING:
+            assert self.num_computed == 0
+        elif self.status is Status.RUNNING:
+            assert 0 <= self.num_computed < self.num_tokens

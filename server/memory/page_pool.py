@@ -1,0 +1,134 @@
+"""The one pool of pages: KV blocks and adapters draw from the same free list.
+
+Knows how large a page is and which pages are free; not what lies in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.layout import row_elements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from adapters_store.layout import TargetShape
+
+BLOCK_SIZES = (16, 8, 4)
+"""Tokens in a block, the preferred one first: large pages need short block tables."""
+
+MIN_FILL = 0.97
+"""Least share of its pages that a rank-8 adapter has to fill."""
+
+
+class OutOfPages(Exception):
+    """Fewer pages are free than were asked for; nothing was allocated."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageGeometry:
+    """The shape of a page: the KV cache of `block_size` tokens over all layers."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+
+    @property
+    def page_elements(self) -> int:
+        """Elements of a page, [num_layers, 2, block_size, num_kv_heads, head_dim]."""
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
+
+
+def choose_block_size(
+    num_layers: int, num_kv_heads: int, head_dim: int, targets: Iterable[TargetShape]
+) -> int:
+    """The largest of BLOCK_SIZES whose pages a rank-8 adapter of all targets fills to MIN_FILL.
+
+    Counts elements and leaves out what row boundaries cost. Where no block size reaches MIN_FILL
+    it is the one that comes closest. `targets` are those of one layer.
+    """
+    sizes = [row_elements(t.in_features, t.out_features) for t in targets]
+    adapter_elements = 8 * num_layers * sum(sizes)
+
+    def fill(block_size: int) -> float:
+        elements = PageGeometry(num_layers, num_kv_heads, head_dim, block_size).page_elements
+        if not sizes or max(sizes) > elements:
+            return 0.0
+        return adapter_elements / (-(-adapter_elements // elements) * elements)
+
+    return next((b for b in BLOCK_SIZES if fill(b) >= MIN_FILL), max(BLOCK_SIZES, key=fill))
+
+
+class PagePool:
+    """Pages of device memory, each free or with exactly one owner, who frees it.
+
+    Invariant: a page is in the free list once when it is free, and never when it is owned.
+    """
+
+    def __init__(
+        self, num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Take the memory at once. Raises ValueError unless both sizes are positive."""
+        if num_pages < 1 or page_elements < 1:
+            raise ValueError(
+                f"a pool of {num_pages} pages of {page_elements} elements holds nothing: "
+                "give it more bytes (pool_bytes), at least those of one page"
+            )
+        self.storage = torch.zeros(num_pages, page_elements, dtype=dtype, device=device)
+        self._free = list(range(num_pages - 1, -1, -1))  # taken from the end: lowest page first
+        self._is_free = bytearray(b"\x01") * num_pages
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._is_free)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def page_elements(self) -> int:
+        return self.storage.shape[1]
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_elements * self.storage.element_size()
+
+    def is_free(self, page: int) -> bool:
+        return bool(self._is_free[page])
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Take pages; their content is whatever was there. Raises OutOfPages and takes none."""
+        if num_pages < 0:
+            raise ValueError(f"cannot allocate {num_pages} pages: ask for 0 or more")
+        if num_pages > len(self._free):
+            raise OutOfPages(
+                f"{num_pages} pages asked for, {len(self._free)} of {self.num_pages} free: "
+                "evict or preempt first, or make the pool larger (pool_bytes)"
+            )
+        pages = [self._free.pop() for _ in range(num_pages)]
+        for page in pages:
+            self._is_free[page] = 0
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give pages back. Raises ValueError at a page that is free already or not of this pool."""
+        for page in pages:
+            if not 0 <= page < self.num_pages:
+                raise ValueError(f"page {page} is not one of the pool's {self.num_pages} pages")
+            if self._is_free[page]:
+                raise ValueError(f"page {page} is free already: only its owner may free it, once")
+            self._is_free[page] = 1
+            self._free.append(page)
+
+    def check(self) -> None:
+        """Recompute the invariant; AssertionError when it does not hold."""
+        assert len(set(self._free)) == len(self._free), "a page is in the free list twice"
+        listed = set(self._free)
+        flagged = {page for page, free in enumerate(self._is_free) if free}
+        assert listed == flagged, f"free list and flags differ in {sorted(listed ^ flagged)}"
+        assert self.storage.shape[0] == self.num_pages
