@@ -24,12 +24,12 @@ from kernels.cpu.simd import (
 
 
 @part
-def _gated(gate, up):  # type: ignore[no-untyped-def]
+def _gated(gate, up):
     return mul(div(gate, add(splat(np.float32(1.0)), exp(sub(zero(), gate)))), up)
 
 
 @part
-def _row(out, out_at, gate_up, at, width):  # type: ignore[no-untyped-def]
+def _row(out, out_at, gate_up, at, width):
     full, rest = width // 16 * 16, width % 16
     for i in range(0, full, 16):
         store(out, out_at + i, _gated(load(gate_up, at + i), load(gate_up, at + width + i)))
@@ -40,7 +40,7 @@ def _row(out, out_at, gate_up, at, width):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def silu_mul(half, out, gate_up, num_tokens, width):  # type: ignore[no-untyped-def]
+def silu_mul(half, out, gate_up, num_tokens, width):
     """Addresses of out [num_tokens, width] and gate_up [num_tokens, 2 · width]."""
     for t in prange(num_tokens):
         if half:

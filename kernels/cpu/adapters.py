@@ -34,7 +34,7 @@ TILE = 4
 
 
 @part
-def _shrink_one(y, x, width, flat, offsets, scales, num_rows):  # type: ignore[no-untyped-def]
+def _shrink_one(y, x, width, flat, offsets, scales, num_rows):
     """y[i] = scaleᵢ · (x · aᵢ) for one token, four rows at a time."""
     xs, full = f32(x), width // 16 * 16
     for r in range(0, num_rows, 4):
@@ -60,7 +60,7 @@ def _shrink_one(y, x, width, flat, offsets, scales, num_rows):  # type: ignore[n
 
 
 @part
-def _shrink_tile(y, max_rows, x, x_size, width, flat, offsets, scales, num_rows):  # type: ignore[no-untyped-def]
+def _shrink_tile(y, max_rows, x, x_size, width, flat, offsets, scales, num_rows):
     """As `_shrink_one` for TILE tokens: y [TILE, max_rows], x [TILE, x_size]."""
     ys, full = f32(y), width // 16 * 16
     x0, x1 = f32(x), f32(x + 4 * x_size)
@@ -82,7 +82,7 @@ def _shrink_tile(y, max_rows, x, x_size, width, flat, offsets, scales, num_rows)
 
 
 @part
-def _expand_one(out, at, width, sums, y, flat, offsets, b_at, num_rows):  # type: ignore[no-untyped-def]
+def _expand_one(out, at, width, sums, y, flat, offsets, b_at, num_rows):
     """out[at:][:width] += Σᵢ y[i] · bᵢ, streaming four rows at a time over the sums."""
     total_at, ys = f32(sums), f32(y)
     full = width // 16 * 16
@@ -113,7 +113,7 @@ def _expand_one(out, at, width, sums, y, flat, offsets, b_at, num_rows):  # type
 
 
 @part
-def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows):  # type: ignore[no-untyped-def]
+def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows):
     """As `_expand_one` for TILE tokens, whose rows of out lie `stride` apart."""
     y0, y1 = f32(y), f32(y + 4 * max_rows)
     y2, y3 = f32(y + 8 * max_rows), f32(y + 12 * max_rows)
@@ -139,7 +139,7 @@ def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_r
 
 
 @part
-def _add_adapter(  # type: ignore[no-untyped-def]
+def _add_adapter(
     out, out_stride, x, x_stride, width, flat, token, count, row_ptr, offsets, scales, span, scratch
 ):
     """Add one slot's adapter to tokens token .. token + count, count ≤ TILE.
@@ -181,7 +181,7 @@ def _add_adapter(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def add_adapters(  # type: ignore[no-untyped-def]
+def add_adapters(
     half,
     out,
     out_stride,

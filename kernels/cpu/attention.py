@@ -44,7 +44,7 @@ MASKED = np.float32(-1e30)
 
 
 @part
-def _begin_rows(q, m, l, acc, qkv, at, row_size, dim, padded, num_rows, group, scale):  # type: ignore[no-untyped-def]  # noqa: E501
+def _begin_rows(q, m, l, acc, qkv, at, row_size, dim, padded, num_rows, group, scale):
     """q = scale · the queries from qkv[at:]; m, l, acc of rows that have seen no key."""
     factor = splat(np.float32(scale))
     for r in range(num_rows):
@@ -57,7 +57,7 @@ def _begin_rows(q, m, l, acc, qkv, at, row_size, dim, padded, num_rows, group, s
 
 
 @part
-def _end_rows(out, at, row_size, l, acc, dim, padded, num_rows, group):  # type: ignore[no-untyped-def]
+def _end_rows(out, at, row_size, l, acc, dim, padded, num_rows, group):
     """Out = acc / l."""
     for r in range(num_rows):
         place = at + r // group * row_size + r % group * dim
@@ -68,13 +68,13 @@ def _end_rows(out, at, row_size, l, acc, dim, padded, num_rows, group):  # type:
 
 
 @part
-def _to_weights(s, m, l, acc, padded, low, high):  # type: ignore[no-untyped-def]
+def _to_weights(s, m, l, acc, padded, low, high):
     """Turn one row's scores into weights of keys low .. high; rescale its l and acc to the new m.
 
     s, m, l, acc: addresses of the row's own.
     """
     scores = f32(s)
-    for j in range(0, low):
+    for j in range(low):
         scores[j] = MASKED
     for j in range(max(low, high), KEYS):
         scores[j] = MASKED
@@ -96,14 +96,14 @@ def _to_weights(s, m, l, acc, padded, low, high):  # type: ignore[no-untyped-def
 
 
 @part
-def _key_at(table, token, page_stride, block_size, width):  # type: ignore[no-untyped-def]
+def _key_at(table, token, page_stride, block_size, width):
     """Element of the KV cache where the keys of a token begin."""
     page = np.int64(i32(table)[token // block_size])
     return page * page_stride + token % block_size * width
 
 
 @part
-def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, scratch):  # type: ignore[no-untyped-def]
+def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, scratch):
     """One KV head of one sequence with one query."""
     group, dim, padded, page_stride, block_size, width, head_at, scale = shape
     q, m, l, acc, s = scratch
@@ -141,7 +141,9 @@ def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, scratch):
 
 
 @part
-def _widen_round(k, v, kv, table, first, count, page_stride, block_size, width, head_at, dim, padded):  # type: ignore[no-untyped-def]  # noqa: E501
+def _widen_round(
+    k, v, kv, table, first, count, page_stride, block_size, width, head_at, dim, padded
+):
     """Keys first .. first + count to k [padded, KEYS], transposed; values to v [KEYS, padded]."""
     line = k + 4 * padded * KEYS
     for j in range(count):
@@ -155,7 +157,7 @@ def _widen_round(k, v, kv, table, first, count, page_stride, block_size, width, 
 
 
 @part
-def _score_four(s, q, k, padded, dim):  # type: ignore[no-untyped-def]
+def _score_four(s, q, k, padded, dim):
     """s[0..3, j] = q[0..3] · k[j] for all KEYS."""
     q0, q1, q2, q3 = f32(q), f32(q + 4 * padded), f32(q + 8 * padded), f32(q + 12 * padded)
     keys, out = f32(k), f32(s)
@@ -178,7 +180,7 @@ def _score_four(s, q, k, padded, dim):  # type: ignore[no-untyped-def]
 
 
 @part
-def _add_values_four(acc, s, v, padded, count):  # type: ignore[no-untyped-def]
+def _add_values_four(acc, s, v, padded, count):
     """acc[0..3] += s[0..3] · v."""
     values, out, w = f32(v), f32(acc), f32(s)
     for i in range(0, padded, 16):
@@ -195,7 +197,7 @@ def _add_values_four(acc, s, v, padded, count):  # type: ignore[no-untyped-def]
 
 
 @part
-def _prefill_tile(  # type: ignore[no-untyped-def]
+def _prefill_tile(
     out, out_at, out_size, qkv, q_at, row_size, kv, table, position, num_queries, window, shape,
     scratch,
 ):  # fmt: skip
@@ -231,7 +233,7 @@ def _prefill_tile(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     half, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
     sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
     num_workers,
@@ -268,7 +270,7 @@ def decode(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def prefill(  # type: ignore[no-untyped-def]
+def prefill(
     half, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
     sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
     num_workers,

@@ -23,7 +23,7 @@ from kernels.cpu.simd import (
 
 
 @part
-def normalise(out, out_at, x, x_at, weight, width, eps):  # type: ignore[no-untyped-def]
+def normalise(out, out_at, x, x_at, weight, width, eps):
     """out[out_at:][:width] = x / rms(x) · weight, for x[x_at:][:width]; out may be x."""
     full, rest = width // 16 * 16, width % 16
     squares = zero()
@@ -43,7 +43,7 @@ def normalise(out, out_at, x, x_at, weight, width, eps):  # type: ignore[no-unty
 
 
 @part
-def accumulate(residual, x, at, width):  # type: ignore[no-untyped-def]
+def accumulate(residual, x, at, width):
     """residual[at:][:width] += x[at:][:width]."""
     full, rest = width // 16 * 16, width % 16
     for i in range(at, at + full, 16):
@@ -54,7 +54,7 @@ def accumulate(residual, x, at, width):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def rms_norm(half, out, x, weight, num_tokens, width, eps):  # type: ignore[no-untyped-def]
+def rms_norm(half, out, x, weight, num_tokens, width, eps):
     """Addresses of out, x [num_tokens, width] and weight [width]; half: bf16, else fp32."""
     for t in prange(num_tokens):
         if half:
@@ -64,7 +64,7 @@ def rms_norm(half, out, x, weight, num_tokens, width, eps):  # type: ignore[no-u
 
 
 @kernel
-def add_rms_norm(half, out, x, residual, weight, num_tokens, width, eps):  # type: ignore[no-untyped-def]
+def add_rms_norm(half, out, x, residual, weight, num_tokens, width, eps):
     """As `rms_norm` of residual, to which x is added first."""
     for t in prange(num_tokens):
         if half:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ def add_adapters(
 
 @functools.lru_cache
 def _columns(out_start: tuple[int, ...]) -> tuple[Tensor, int]:
-    widths = [b - a for a, b in zip(out_start, out_start[1:], strict=False)]
+    widths = [stop - start for start, stop in itertools.pairwise(out_start)]
     return torch.tensor(out_start, dtype=torch.int32), max(widths)
 
 

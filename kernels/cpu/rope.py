@@ -23,7 +23,7 @@ from kernels.cpu.simd import (
 
 
 @part
-def _rotate(head, at, cos_sin, angle_at, half_dim):  # type: ignore[no-untyped-def]
+def _rotate(head, at, cos_sin, angle_at, half_dim):
     """(x1, x2) = (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of one head."""
     for i in range(0, half_dim, 16):
         n = min(16, half_dim - i)
@@ -36,7 +36,7 @@ def _rotate(head, at, cos_sin, angle_at, half_dim):  # type: ignore[no-untyped-d
 
 
 @part
-def _copy(target, target_at, source, at, count):  # type: ignore[no-untyped-def]
+def _copy(target, target_at, source, at, count):
     full, rest = count // 16 * 16, count % 16
     for i in range(0, full, 16):
         store(target, target_at + i, load(source, at + i))
@@ -45,7 +45,7 @@ def _copy(target, target_at, source, at, count):  # type: ignore[no-untyped-def]
 
 
 @part
-def _token(qkv, at, num_heads, num_kv_heads, dim, q_norm, k_norm, normed, eps, cos_sin, angle_at):  # type: ignore[no-untyped-def]
+def _token(qkv, at, num_heads, num_kv_heads, dim, q_norm, k_norm, normed, eps, cos_sin, angle_at):
     for h in range(num_heads + num_kv_heads):
         head_at = at + h * dim
         if normed:
@@ -55,13 +55,13 @@ def _token(qkv, at, num_heads, num_kv_heads, dim, q_norm, k_norm, normed, eps, c
 
 
 @part
-def _store(kv, k_at, v_at, qkv, at, num_heads, width):  # type: ignore[no-untyped-def]
+def _store(kv, k_at, v_at, qkv, at, num_heads, width):
     _copy(kv, k_at, qkv, at, width)
     _copy(kv, v_at, qkv, at + width, width)
 
 
 @kernel
-def rope_store_kv(  # type: ignore[no-untyped-def]
+def rope_store_kv(
     half,
     qkv,
     num_tokens,

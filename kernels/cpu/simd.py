@@ -27,7 +27,7 @@ _BITS = ir.VectorType(_I32, LANES)
 _HALVES = ir.VectorType(_I16, LANES)
 
 
-class F32x16(types.Type):
+class F32x16(types.Type):  # type: ignore[misc]
     """Numba's type of a vector of 16 fp32 lanes."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ f32x16 = F32x16()
 
 
 @register_model(F32x16)
-class _F32x16Model(models.PrimitiveModel):
+class _F32x16Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, _VECTOR)
 
@@ -115,7 +115,9 @@ def load(typingctx: Any, pointer: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _HALVES if half else _VECTOR
-        value = builder.load(_element_pointer(builder, args[0], args[1], kind), align=2 + 2 * (not half))
+        value = builder.load(
+            _element_pointer(builder, args[0], args[1], kind), align=2 + 2 * (not half)
+        )
         return _widen(builder, value) if half else value
 
     return f32x16(pointer, types.int64), codegen
@@ -169,7 +171,10 @@ def store_part(typingctx: Any, pointer: Any, index: Any, vector: Any, count: Any
         mask = _lane_mask(builder, args[3])
         align = ir.Constant(_I32, 2 if half else 4)
         _call(
-            builder, f"llvm.masked.store.v16{suffix}.p0", ir.VoidType(), [value, target, align, mask]
+            builder,
+            f"llvm.masked.store.v16{suffix}.p0",
+            ir.VoidType(),
+            [value, target, align, mask],
         )
         return context.get_dummy_value()
 

@@ -1,0 +1,138 @@
+"""What the engine will be: model, device, dtype, page geometry and limits, settled from settings.
+
+Known before any weight is read, and to both processes: the store packs adapters for its layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from adapters_store.layout import TARGET_PATHS
+from server.memory.page_pool import PageGeometry, choose_block_size
+from server.model.config import ModelError
+from server.model.source import resolve_source
+from server.model.weights import read_config
+
+if TYPE_CHECKING:
+    from adapters_store.layout import BaseLayout
+    from server.config import Settings
+    from server.model.config import ModelConfig
+    from server.model.source import ModelSource
+
+MAX_CPU_POOL_BYTES = 2 << 30
+CPU_POOL_SHARE, GPU_POOL_SHARE = 0.25, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything that the engine process needs to know."""
+
+    source: ModelSource
+    config: ModelConfig
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32", "bfloat16" or "float16"
+    geometry: PageGeometry
+    pool_bytes: int | None  # None: by what is free once the weights are there
+    max_context: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_adapters: int
+    max_adapter_rank: int
+
+    @property
+    def layout(self) -> BaseLayout:
+        """What packed adapters depend on."""
+        return self.config.layout(self.geometry.page_elements, self.dtype)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.geometry.page_elements * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def max_rows(self) -> int:
+        """Most rank rows of one adapter: the highest rank in every target of every layer."""
+        return self.max_adapter_rank * self.config.num_layers * len(TARGET_PATHS)
+
+    def num_pages(self) -> int:
+        """Pages of the pool on this machine now; ModelError when they are too few to serve."""
+        num_bytes = self.pool_bytes or _default_pool_bytes(self.device)
+        num_pages = num_bytes // self.page_bytes
+        if num_pages * self.geometry.block_size < 2:
+            raise ModelError(
+                f"a pool of {num_bytes} bytes holds {num_pages} pages of {self.page_bytes} bytes: "
+                "give it more (pool_bytes)"
+            )
+        return num_pages
+
+
+def engine_spec(settings: Settings) -> EngineSpec:
+    """Settle what the settings leave open; raises ModelError for what cannot be served."""
+    source = resolve_source(settings.model)
+    config = read_config(source)
+    device = _device(settings.device)
+    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+    block_size = settings.block_size or choose_block_size(*shape, config.target_shapes())
+    return EngineSpec(
+        source=source,
+        config=config,
+        device=device,
+        dtype=_dtype(settings.dtype, device),
+        geometry=PageGeometry(*shape, block_size),
+        pool_bytes=settings.pool_bytes,
+        max_context=_max_context(settings.max_context, config),
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+        max_adapters=settings.max_adapters,
+        max_adapter_rank=settings.max_adapter_rank,
+    )
+
+
+def _device(wanted: str) -> str:
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise ModelError("device 'cuda' was asked for, and torch finds none: use 'cpu' or 'auto'")
+    if wanted == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return wanted
+
+
+def _dtype(wanted: str, device: str) -> str:
+    if device == "cpu" and wanted == "float16":
+        raise ModelError("dtype 'float16' is not served on a CPU: use 'bfloat16' or 'float32'")
+    if wanted != "auto":
+        return wanted
+    if device == "cuda" or _has_bfloat16():
+        return "bfloat16"
+    return "float32"
+
+
+def _has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware; emulated it is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _max_context(wanted: int | None, config: ModelConfig) -> int:
+    if wanted is not None and wanted > config.max_context:
+        raise ModelError(
+            f"max_context {wanted} is above the {config.max_context} tokens that {config.name} "
+            "was made for: lower it"
+        )
+    return wanted or config.max_context
+
+
+def _default_pool_bytes(device: str) -> int:
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return int(GPU_POOL_SHARE * free)
+    return min(MAX_CPU_POOL_BYTES, int(CPU_POOL_SHARE * psutil.virtual_memory().available))

@@ -1,0 +1,182 @@
+"""One server from start to end: store, engine, app, and the banner when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from adapters_store.errors import AdapterStoreError
+from adapters_store.shipped import shipped_adapters
+from adapters_store.store import AdapterStore
+from server.api.app import create_app
+from server.config import EMBEDDED_MODEL, Settings
+from server.engine.client import EngineClient, EngineStartError
+from server.engine.spec import EngineSpec, engine_spec
+from server.model.config import ModelError
+from server.model.tokenizer import load_tokenizer
+from server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger("manylora")
+
+
+class _CannotServe(Exception):
+    """A fault at the start; the message is all that the user needs."""
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    started = time.monotonic()
+    try:
+        listener = _listen(settings)
+        spec = engine_spec(settings)
+        return asyncio.run(_run(settings, spec, listener, started))
+    except (_CannotServe, ModelError, AdapterStoreError, EngineStartError) as error:
+        sys.stderr.write(f"manylora: {error}\n")
+        return 1
+
+
+async def _run(
+    settings: Settings, spec: EngineSpec, listener: socket.socket, started: float
+) -> int:
+    engine = EngineClient(spec)
+    engine.spawn()  # the longest part of a start; the rest goes on beside it
+    try:
+        tokenizer = await asyncio.to_thread(_tokenizer, settings, spec)
+        with contextlib.closing(_open_store(settings, spec)) as store:
+            await asyncio.to_thread(register_adapters, settings, store)
+            return await _serve_app(settings, spec, listener, started, engine, store, tokenizer)
+    finally:
+        await engine.stop()
+
+
+async def _serve_app(
+    settings: Settings,
+    spec: EngineSpec,
+    listener: socket.socket,
+    started: float,
+    engine: EngineClient,
+    store: AdapterStore,
+    tokenizer: Tokenizer,
+) -> int:
+    model_name = settings.served_model_name or spec.source.name
+    failures: list[EngineStartError] = []
+
+    @contextlib.asynccontextmanager
+    async def running() -> AsyncIterator[None]:
+        async def start() -> None:
+            try:
+                await engine.start()
+            except EngineStartError as error:
+                failures.append(error)
+                server.should_exit = True
+                return
+            _show_banner(listener, model_name, spec, store, time.monotonic() - started)
+
+        task = asyncio.create_task(start())
+        yield
+        task.cancel()
+
+    app: FastAPI = create_app(
+        settings=settings,
+        engine=engine,
+        store=store,
+        tokenizer=tokenizer,
+        model_name=model_name,
+        max_context=spec.max_context,
+        running=running(),
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on")
+    )
+    await server.serve(sockets=[listener])
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def register_adapters(settings: Settings, store: AdapterStore) -> None:
+    """Add the shipped adapters whose names are free, and those that the settings name.
+
+    Raises _CannotServe for a NAME=DIR that cannot be registered.
+    """
+    if settings.shipped_adapters and settings.model == EMBEDDED_MODEL:
+        known = {adapter.adapter_id for adapter in store.adapters()}
+        for name, directory in shipped_adapters().items():
+            if name not in known:
+                logger.info("registering the shipped adapter %s", name)
+                store.add(name, directory, description="shipped with manylora")
+    for entry in settings.adapter:
+        name, separator, path = entry.partition("=")
+        directory = Path(path).expanduser()
+        if not separator or not directory.is_dir():
+            raise _CannotServe(
+                f"--adapter {entry!r} is not NAME=DIR with a directory that PEFT has written"
+            )
+        try:
+            store.add(name, directory)
+        except AdapterStoreError as error:
+            raise _CannotServe(f"--adapter {entry}: {error}") from error
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise _CannotServe(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}. Choose "
+            "another with --host and --port (0 picks a free port)"
+        ) from error
+    return listener
+
+
+def _open_store(settings: Settings, spec: EngineSpec) -> AdapterStore:
+    max_pages = None if spec.pool_bytes is None else spec.num_pages()
+    return AdapterStore(
+        settings.data_dir, spec.layout, max_rank=spec.max_adapter_rank, max_pages=max_pages
+    )
+
+
+def _tokenizer(settings: Settings, spec: EngineSpec) -> Tokenizer:
+    return Tokenizer(load_tokenizer(spec.source, settings.data_dir / "cache"))
+
+
+def _show_banner(
+    listener: socket.socket, model_name: str, spec: EngineSpec, store: AdapterStore, seconds: float
+) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    names = [adapter.adapter_id for adapter in store.adapters()]
+    body = {
+        "model": model_name,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    if names:
+        body["adapter_id"] = "pirate" if "pirate" in names else names[0]
+    sys.stdout.write(
+        f"\nmanylora serves {model_name} ({spec.dtype} on {spec.device}) at {url}, "
+        f"ready after {seconds:.0f} s\n"
+        f"adapters: {', '.join(names) or 'none yet; upload one to POST /v1/adapters'}\n\n"
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"  -d '{json.dumps(body)}'\n\n"
+        f"or open {url}/ in a browser\n"
+    )
+    sys.stdout.flush()
