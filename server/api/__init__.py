@@ -1,0 +1,1 @@
+"""HTTP: OpenAI routes, adapter routes, operations, errors on the wire."""
