@@ -187,7 +187,7 @@ def make_adapter(model: Any, directory: Path, seed: int, size: float, **recipe: 
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=size)
-    peft_model.save_pretrained(directory)
+    peft_model.save_pretrained(directory, save_embedding_layers=False)
     peft_model.unload()
     return directory
 
