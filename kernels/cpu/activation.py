@@ -8,10 +8,9 @@ from numba import prange
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
     add,
-    bf16,
     div,
+    elements,
     exp,
-    f32,
     load,
     load_part,
     mul,
@@ -40,10 +39,7 @@ def _row(out, out_at, gate_up, at, width):
 
 
 @kernel
-def silu_mul(half, out, gate_up, num_tokens, width):
+def silu_mul(kind, out, gate_up, num_tokens, width):
     """Addresses of out [num_tokens, width] and gate_up [num_tokens, 2 · width]."""
     for t in prange(num_tokens):
-        if half:
-            _row(bf16(out), t * width, bf16(gate_up), 2 * t * width, width)
-        else:
-            _row(f32(out), t * width, f32(gate_up), 2 * t * width, width)
+        _row(elements(out, kind), t * width, elements(gate_up, kind), 2 * t * width, width)

@@ -15,7 +15,7 @@ from numba import prange
 
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
-    bf16,
+    elements,
     f32,
     fma,
     i32,
@@ -182,7 +182,7 @@ def _add_adapter(
 
 @kernel
 def add_adapters(
-    half,
+    kind,
     out,
     out_stride,
     x,
@@ -227,13 +227,7 @@ def add_adapters(
                 if tile % num_workers != worker:
                     continue
                 count = min(TILE, stop - token)
-                if half:
-                    _add_adapter(
-                        bf16(out), out_stride, bf16(x), x_stride, width, bf16(flat),
-                        token, count, ptr, offsets, scales, span, scratch,
-                    )  # fmt: skip
-                else:
-                    _add_adapter(
-                        f32(out), out_stride, f32(x), x_stride, width, f32(flat),
-                        token, count, ptr, offsets, scales, span, scratch,
-                    )  # fmt: skip
+                _add_adapter(
+                    elements(out, kind), out_stride, elements(x, kind), x_stride, width,
+                    elements(flat, kind), token, count, ptr, offsets, scales, span, scratch,
+                )  # fmt: skip

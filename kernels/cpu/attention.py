@@ -17,7 +17,7 @@ from numba import prange
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
     add,
-    bf16,
+    elements,
     exp,
     f32,
     fma,
@@ -234,7 +234,7 @@ def _prefill_tile(
 
 @kernel
 def decode(
-    half, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
+    kind, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
     sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
     num_workers,
 ):  # fmt: skip
@@ -259,19 +259,15 @@ def decode(
             shape = (group, dim, padded, page_stride, block_size, width, head * dim, scale)
             out_at = token * num_heads * dim + head * group * dim
             q_at = token * row_size + head * group * dim
-            if half:
-                _decode_one(
-                    bf16(out), out_at, bf16(qkv), q_at, bf16(kv), table, length, low, shape, scratch
-                )
-            else:
-                _decode_one(
-                    f32(out), out_at, f32(qkv), q_at, f32(kv), table, length, low, shape, scratch
-                )
+            _decode_one(
+                elements(out, kind), out_at, elements(qkv, kind), q_at, elements(kv, kind), table,
+                length, low, shape, scratch,
+            )  # fmt: skip
 
 
 @kernel
 def prefill(
-    half, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
+    kind, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
     sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
     num_workers,
 ):  # fmt: skip
@@ -305,13 +301,8 @@ def prefill(
                     shape = (group, dim, padded, page_stride, block_size, width, head * dim, scale)
                     out_at = (token * num_heads + head * group) * dim
                     q_at = token * row_size + head * group * dim
-                    if half:
-                        _prefill_tile(
-                            bf16(out), out_at, num_heads * dim, bf16(qkv), q_at, row_size, bf16(kv),
-                            table, token + offset, count, window, shape, scratch,
-                        )  # fmt: skip
-                    else:
-                        _prefill_tile(
-                            f32(out), out_at, num_heads * dim, f32(qkv), q_at, row_size, f32(kv),
-                            table, token + offset, count, window, shape, scratch,
-                        )  # fmt: skip
+                    _prefill_tile(
+                        elements(out, kind), out_at, num_heads * dim, elements(qkv, kind), q_at,
+                        row_size, elements(kv, kind), table, token + offset, count, window, shape,
+                        scratch,
+                    )  # fmt: skip

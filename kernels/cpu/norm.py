@@ -8,8 +8,7 @@ from numba import prange
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
     add,
-    bf16,
-    f32,
+    elements,
     fma,
     load,
     load_part,
@@ -54,22 +53,17 @@ def accumulate(residual, x, at, width):
 
 
 @kernel
-def rms_norm(half, out, x, weight, num_tokens, width, eps):
-    """Addresses of out, x [num_tokens, width] and weight [width]; half: bf16, else fp32."""
+def rms_norm(kind, out, x, weight, num_tokens, width, eps):
+    """Addresses of out, x [num_tokens, width] and weight [width]; kind as in `simd.elements`."""
     for t in prange(num_tokens):
-        if half:
-            normalise(bf16(out), t * width, bf16(x), t * width, bf16(weight), width, eps)
-        else:
-            normalise(f32(out), t * width, f32(x), t * width, f32(weight), width, eps)
+        source, scale = elements(x, kind), elements(weight, kind)
+        normalise(elements(out, kind), t * width, source, t * width, scale, width, eps)
 
 
 @kernel
-def add_rms_norm(half, out, x, residual, weight, num_tokens, width, eps):
+def add_rms_norm(kind, out, x, residual, weight, num_tokens, width, eps):
     """As `rms_norm` of residual, to which x is added first."""
     for t in prange(num_tokens):
-        if half:
-            accumulate(bf16(residual), bf16(x), t * width, width)
-            normalise(bf16(out), t * width, bf16(residual), t * width, bf16(weight), width, eps)
-        else:
-            accumulate(f32(residual), f32(x), t * width, width)
-            normalise(f32(out), t * width, f32(residual), t * width, f32(weight), width, eps)
+        source, scale = elements(residual, kind), elements(weight, kind)
+        accumulate(source, elements(x, kind), t * width, width)
+        normalise(elements(out, kind), t * width, source, t * width, scale, width, eps)

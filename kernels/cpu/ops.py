@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,21 +13,27 @@ from kernels.cpu import activation, adapters, attention, norm, rope
 from kernels.cpu.runtime import workers
 from kernels.layout import AdapterIndex, AttentionIndex, RankRows, TargetSpan
 
+KINDS: dict[torch.dtype, np.generic] = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+}
+"""The argument of `kernels.cpu.simd.elements` for each type that is served."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.reference.rms_norm`."""
-    half = _is_bf16(x, weight)
+    kind = _kind(x, weight)
     out = torch.empty_like(x)
-    norm.rms_norm(half, out.data_ptr(), x.data_ptr(), weight.data_ptr(), *x.shape, eps)
+    norm.rms_norm(kind, out.data_ptr(), x.data_ptr(), weight.data_ptr(), *x.shape, eps)
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.reference.add_rms_norm`."""
-    half = _is_bf16(x, residual, weight)
+    kind = _kind(x, residual, weight)
     out = torch.empty_like(x)
     norm.add_rms_norm(
-        half,
+        kind,
         out.data_ptr(),
         x.data_ptr(),
         residual.data_ptr(),
@@ -39,10 +46,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `kernels.reference.silu_mul`."""
-    half = _is_bf16(gate_up)
+    kind = _kind(gate_up)
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, width)
-    activation.silu_mul(half, out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
+    activation.silu_mul(kind, out.data_ptr(), gate_up.data_ptr(), num_tokens, width)
     return out
 
 
@@ -57,10 +64,10 @@ def rope_store_kv(
     eps: float = 0.0,
 ) -> None:
     """See `kernels.reference.rope_store_kv`."""
-    half = _is_bf16(qkv)
+    kind = _kind(qkv)
     page_stride, block_size, num_kv_heads, head_dim = _kv_shape(kv_cache, qkv)
     rope.rope_store_kv(
-        half,
+        kind,
         qkv.data_ptr(),
         qkv.shape[0],
         qkv.shape[1] // head_dim - 2 * num_kv_heads,
@@ -82,7 +89,7 @@ def paged_attention(
     qkv: Tensor, kv_cache: Tensor, index: AttentionIndex, scale: float, window: int = 0
 ) -> Tensor:
     """See `kernels.reference.paged_attention`."""
-    half = _is_bf16(qkv)
+    kind = _kind(qkv)
     page_stride, block_size, num_kv_heads, head_dim = _kv_shape(kv_cache, qkv)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
@@ -92,7 +99,7 @@ def paged_attention(
     ):
         if len(sequences):
             function(
-                half,
+                kind,
                 out.data_ptr(),
                 qkv.data_ptr(),
                 qkv.shape[1],
@@ -129,7 +136,7 @@ def add_adapters(
     _check_rows(out, x, storage, span)
     out_start, max_columns = _columns(span.out_start)
     adapters.add_adapters(
-        storage.dtype == torch.bfloat16,
+        KINDS[storage.dtype],
         out.data_ptr(),
         out.stride(0),
         x.data_ptr(),
@@ -163,17 +170,17 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _is_bf16(*tensors: Tensor) -> bool:
-    """Whether the tensors are bf16; ValueError unless they are all bf16 or fp32, and contiguous."""
+def _kind(*tensors: Tensor) -> np.generic:
+    """What tells the kernels the tensors' type; ValueError unless it is one, and all contiguous."""
     dtype = tensors[0].dtype
-    if dtype not in (torch.bfloat16, torch.float32):
+    if dtype not in KINDS:
         raise ValueError(f"the CPU kernels take bfloat16 or float32, not {dtype}")
     for tensor in tensors:
         if tensor.dtype != dtype:
             raise ValueError(f"tensors of one call have one dtype: {dtype} and {tensor.dtype}")
         if not tensor.is_contiguous():
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous")
-    return dtype == torch.bfloat16
+    return KINDS[dtype]
 
 
 def _kv_shape(kv_cache: Tensor, qkv: Tensor) -> tuple[int, int, int, int]:
@@ -189,10 +196,7 @@ def _kv_shape(kv_cache: Tensor, qkv: Tensor) -> tuple[int, int, int, int]:
 
 
 def _check_rows(out: Tensor, x: Tensor, storage: Tensor, span: TargetSpan) -> None:
-    if not (out.dtype == x.dtype == storage.dtype) or out.dtype not in (
-        torch.bfloat16,
-        torch.float32,
-    ):
+    if not (out.dtype == x.dtype == storage.dtype) or out.dtype not in KINDS:
         raise ValueError(
             f"out {out.dtype}, x {x.dtype} and pages {storage.dtype} must all be bfloat16 or "
             "all float32"

@@ -7,7 +7,7 @@ from numba import prange
 from kernels.cpu.norm import normalise
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
-    bf16,
+    elements,
     f32,
     fma,
     i32,
@@ -54,15 +54,9 @@ def _token(qkv, at, num_heads, num_kv_heads, dim, q_norm, k_norm, normed, eps, c
             _rotate(qkv, head_at, cos_sin, angle_at, dim // 2)
 
 
-@part
-def _store(kv, k_at, v_at, qkv, at, num_heads, width):
-    _copy(kv, k_at, qkv, at, width)
-    _copy(kv, v_at, qkv, at + width, width)
-
-
 @kernel
 def rope_store_kv(
-    half,
+    kind,
     qkv,
     num_tokens,
     num_heads,
@@ -87,12 +81,10 @@ def rope_store_kv(
         k_at = slot // block_size * page_stride + slot % block_size * width
         v_at = k_at + block_size * width
         at = t * row
-        normed = q_norm != 0
-        if half:
-            q, n1, n2 = bf16(qkv), bf16(q_norm), bf16(k_norm)
-            _token(q, at, num_heads, num_kv_heads, dim, n1, n2, normed, eps, f32(cos_sin), angle_at)
-            _store(bf16(kv), k_at, v_at, q, at + num_heads * dim, num_heads, width)
-        else:
-            p, m1, m2 = f32(qkv), f32(q_norm), f32(k_norm)
-            _token(p, at, num_heads, num_kv_heads, dim, m1, m2, normed, eps, f32(cos_sin), angle_at)
-            _store(f32(kv), k_at, v_at, p, at + num_heads * dim, num_heads, width)
+        q, n1, n2 = elements(qkv, kind), elements(q_norm, kind), elements(k_norm, kind)
+        _token(
+            q, at, num_heads, num_kv_heads, dim, n1, n2, q_norm != 0, eps, f32(cos_sin), angle_at
+        )
+        kv_at = at + num_heads * dim
+        _copy(elements(kv, kind), k_at, q, kv_at, width)
+        _copy(elements(kv, kind), v_at, q, kv_at + width, width)

@@ -8,6 +8,9 @@ name (macOS, Windows), numba chooses its own threading layer.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,34 @@ def _share_openmp() -> None:
         numba.config.THREADING_LAYER = "omp"
 
 
+def _keep_compiled_code() -> None:
+    """Give numba a cache directory for these very sources.
+
+    numba looks at a kernel's own file only: after a change of a function that it calls, from
+    another file, it would go on with the old machine code.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    chosen = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    root = Path(chosen) if chosen else Path.home() / ".cache"
+    directory = root / "manylora" / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home to write to: compiled anew at each start
+        directory = Path(tempfile.mkdtemp(prefix="manylora-kernels-"))
+    numba.config.CACHE_DIR = str(directory)
+
+
 _share_openmp()
+_keep_compiled_code()
 
 
 def kernel(function: Callable[..., None]) -> Any:
     """Compile a kernel that splits its work by `numba.prange`; callable with ints and floats.
 
-    Runs without the interpreter lock; its machine code is cached beside the source, or in
-    NUMBA_CACHE_DIR.
+    Runs without the interpreter lock; its machine code is kept under NUMBA_CACHE_DIR,
+    XDG_CACHE_HOME or ~/.cache.
     """
     return numba.njit(parallel=True, nogil=True, cache=True, fastmath=FAST, boundscheck=False)(
         function

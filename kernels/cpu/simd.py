@@ -3,8 +3,8 @@
 numba has no vector type, and its loops are vectorised only where the compiler can prove what the
 author knows. Here a value of type `f32x16` is an LLVM <16 x float>, which LLVM maps to whatever the
 machine has (one AVX-512 register, two AVX, four NEON). Memory is a raw address and an index of
-elements: `f32(address)` and `bf16(address)` make typed pointers, and the functions below are
-compiled for either. bf16 widens by a shift: its bits are the upper half of an fp32.
+elements: `f32(address)` and `elements(address, kind)` make typed pointers, and the functions below
+are compiled for fp32 and bf16. bf16 widens by a shift: its bits are the upper half of an fp32.
 """
 
 from __future__ import annotations
@@ -57,9 +57,22 @@ def _pointer_maker(element: Any) -> Any:
 
 
 f32 = _pointer_maker(types.float32)
-bf16 = _pointer_maker(types.uint16)
 i32 = _pointer_maker(types.int32)
 i64 = _pointer_maker(types.int64)
+
+
+@intrinsic
+def elements(typingctx: Any, address: Any, kind: Any) -> Any:
+    """A pointer to elements of the type of `kind`: np.float32, or np.uint16 for bf16.
+
+    The value of `kind` means nothing: its type selects the code that numba compiles.
+    """
+    result = types.CPointer(kind)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(result))
+
+    return result(types.int64, kind), codegen
 
 
 def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
