@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from server.config import Settings
 
@@ -55,6 +56,12 @@ def parse_settings(flags: Sequence[str]) -> Settings:
                 f"manylora serve: --{flag} (or MANYLORA_{name.upper()}): "
                 f"{fault['msg']}, got {fault['input']!r}\n"
             )
+        sys.exit(2)
+    except SettingsError:  # of the one field that is a list
+        sys.stderr.write(
+            f"manylora serve: MANYLORA_ADAPTER is {os.environ.get('MANYLORA_ADAPTER')!r}, not a "
+            """JSON list: write ["NAME=DIR", "NAME=DIR"], or use --adapter NAME=DIR\n"""
+        )
         sys.exit(2)
 
 

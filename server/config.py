@@ -41,7 +41,8 @@ class Settings(BaseSettings):
     )
     adapter: list[str] = Field(
         default_factory=list,
-        description="NAME=DIR: register the PEFT adapter in DIR under NAME at start; repeatable.",
+        description="NAME=DIR: register the PEFT adapter in DIR under NAME at start; repeatable. "
+        """As a variable it is a JSON list: ["NAME=DIR", "NAME=DIR"].""",
     )
     shipped_adapters: bool = Field(
         True, description="Register the shipped adapters when the embedded model is served."
@@ -50,7 +51,7 @@ class Settings(BaseSettings):
         None,
         gt=0,
         description="Size of the page pool that KV cache and adapters share; unless given, "
-        "a quarter of free memory on a CPU (at most 4 GiB), 90 % of free memory on a GPU.",
+        "a quarter of free memory on a CPU (at most 2 GiB), 90 % of free memory on a GPU.",
     )
     block_size: int | None = Field(
         None, gt=0, description="Tokens in a KV block; unless given, chosen for little waste."

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,24 @@ class _CannotServe(Exception):
     """A fault at the start; the message is all that the user needs."""
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals alone: uvicorn would end the process by them before the engine has ended."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 def serve(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     started = time.monotonic()
     try:
-        listener = _listen(settings)
-        spec = engine_spec(settings)
-        return asyncio.run(_run(settings, spec, listener, started))
+        with contextlib.closing(_listen(settings)) as listener:
+            spec = engine_spec(settings)
+            return asyncio.run(_run(settings, spec, listener, started))
+    except asyncio.CancelledError:  # a signal, before there was a server to take it
+        return 0
     except (_CannotServe, ModelError, AdapterStoreError, EngineStartError) as error:
         sys.stderr.write(f"manylora: {error}\n")
         return 1
@@ -52,6 +63,9 @@ def serve(settings: Settings) -> int:
 async def _run(
     settings: Settings, spec: EngineSpec, listener: socket.socket, started: float
 ) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    _on_signal(task.cancel)
     engine = EngineClient(spec)
     engine.spawn()  # the longest part of a start; the rest goes on beside it
     try:
@@ -99,9 +113,10 @@ async def _serve_app(
         max_context=spec.max_context,
         running=running(),
     )
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on")
     )
+    _on_signal(lambda: server.handle_exit(signal.SIGINT, None))  # twice: without waiting
     await server.serve(sockets=[listener])
     if failures:
         raise failures[0]
@@ -120,9 +135,9 @@ def register_adapters(settings: Settings, store: AdapterStore) -> None:
                 logger.info("registering the shipped adapter %s", name)
                 store.add(name, directory, description="shipped with manylora")
     for entry in settings.adapter:
-        name, separator, path = entry.partition("=")
+        name, _, path = entry.partition("=")
         directory = Path(path).expanduser()
-        if not separator or not directory.is_dir():
+        if not name or not path or not directory.is_dir():
             raise _CannotServe(
                 f"--adapter {entry!r} is not NAME=DIR with a directory that PEFT has written"
             )
@@ -132,25 +147,41 @@ def register_adapters(settings: Settings, store: AdapterStore) -> None:
             raise _CannotServe(f"--adapter {entry}: {error}") from error
 
 
+def _on_signal(act: Callable[[], object]) -> None:
+    """What SIGINT and SIGTERM do from now on."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, act)
+
+
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-    except OSError as error:
+        listener.listen()  # at once: bound alone, a second server could take the port as well
+    except (OSError, UnicodeError) as error:
+        listener.close()
         raise _CannotServe(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}. Choose "
-            "another with --host and --port (0 picks a free port)"
+            f"cannot listen on {settings.host} port {settings.port}: "
+            f"{getattr(error, 'strerror', error)}. Choose another with --host and --port "
+            "(0 picks a free port)"
         ) from error
     return listener
 
 
 def _open_store(settings: Settings, spec: EngineSpec) -> AdapterStore:
     max_pages = None if spec.pool_bytes is None else spec.num_pages()
-    return AdapterStore(
-        settings.data_dir, spec.layout, max_rank=spec.max_adapter_rank, max_pages=max_pages
-    )
+    try:
+        return AdapterStore(
+            settings.data_dir, spec.layout, max_rank=spec.max_adapter_rank, max_pages=max_pages
+        )
+    except OSError as error:
+        raise _CannotServe(
+            f"cannot keep adapters in {settings.data_dir}: {error.strerror}. Choose another "
+            "directory with --data-dir"
+        ) from error
 
 
 def _tokenizer(settings: Settings, spec: EngineSpec) -> Tokenizer:

@@ -194,8 +194,9 @@ class EngineClient:
             waiter = asyncio.create_task(ended.wait())
             await asyncio.wait({reader, waiter}, return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()
-            if reader.done():
-                reader.result()
+            if reader.done() and not ended.is_set():
+                logger.error("the engine cannot be understood", exc_info=reader.exception())
+                self._process.kill()
         finally:
             reader.cancel()
             loop.remove_reader(self._process.sentinel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,7 +34,8 @@ def run_engine(spec: EngineSpec, address: str) -> None:
     logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the engine is a process of its own"
     mailbox = Mailbox(address)
     try:
         loop, started = build_engine(spec, mailbox)
@@ -41,7 +43,7 @@ def run_engine(spec: EngineSpec, address: str) -> None:
         sys.exit(f"manylora: {error}")
     mailbox.send([started])
     try:
-        while os.getppid() == parent:
+        while os.getppid() == parent.pid:
             loop.turn()
     finally:
         loop.close()
@@ -81,22 +83,23 @@ def build_engine(spec: EngineSpec, mailbox: Mailbox) -> tuple[EngineLoop, Starte
 def warm_up(decoder: Decoder, pool: PagePool, adapters: AdapterPool, block_size: int) -> None:
     """Run every kernel once, so that the first request finds them compiled.
 
-    One prompt of two tokens and one decode, on page 0, with a slot that has no rank rows.
+    One prompt of two tokens, and one decode, which writes the same key again as the prompt's first
+    token; with a slot that has no rank rows.
     """
     _show_progress("kernels", 0, 1)
-    page = pool.allocate(1)
+    pages = pool.allocate(-(-2 // block_size))
 
     def tensor(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=pool.storage.device)
 
     attention = AttentionIndex(
         query_start=tensor([0, 2, 3]),
-        context_len=tensor([2, 3]),
-        block_table=tensor([page[0], page[0]]).view(2, 1),
+        context_len=tensor([2, 1]),
+        block_table=tensor([*pages, *pages]).view(2, -1),
         decode=tensor([1]),
         prefill=tensor([0]),
         max_query=2,
-        max_context=min(3, block_size),
+        max_context=2,
     )
     index = AdapterIndex(
         token_slot=tensor([-1, -1, 0]),
@@ -106,11 +109,11 @@ def warm_up(decoder: Decoder, pool: PagePool, adapters: AdapterPool, block_size:
         max_segment=1,
         max_span_rows=1,
     )
-    slots = [page[0] * block_size + i for i in range(3)]
+    slots = [pages[i // block_size] * block_size + i % block_size for i in (0, 1, 0)]
     decoder.forward(
         StepInput(
             token_ids=tensor([0, 0, 0], torch.int64),
-            positions=tensor([0, 1, 2]),
+            positions=tensor([0, 1, 0]),
             kv_slot=tensor(slots, torch.int64),
             logit_rows=tensor([1, 2], torch.int64),
             attention=attention,
@@ -119,7 +122,7 @@ def warm_up(decoder: Decoder, pool: PagePool, adapters: AdapterPool, block_size:
             storage=pool.storage,
         )
     )
-    pool.free(page)
+    pool.free(pages)
     _show_progress("kernels", 1, 1)
 
 

@@ -54,11 +54,13 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
 def _draw(logits: Tensor, draw: Draw) -> Tensor:
     """A token id from one row of logits [vocab], as its request wants it."""
     sampling = draw.sampling
-    scaled = (logits - logits.max()) / sampling.temperature
+    # A temperature that fp32 cannot hold would divide 0 by 0.
+    temperature = max(sampling.temperature, torch.finfo(torch.float).tiny)
+    scaled = (logits - logits.max()) / temperature
     probabilities = scaled.softmax(dim=-1)
     uniform = _uniform(sampling.seed, draw.position)
     if sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p == 0:
-        return _inverse(probabilities.cumsum(dim=-1), uniform)
+        return _inverse(probabilities, uniform)
     count = len(probabilities)
     if sampling.top_k <= NUM_CANDIDATES:
         count = min(NUM_CANDIDATES, count)
@@ -67,7 +69,7 @@ def _draw(logits: Tensor, draw: Draw) -> Tensor:
     if len(kept) == count < len(probabilities):
         values, indices = probabilities.sort(descending=True)
         kept = _truncate(values, sampling)
-    return indices[_inverse(kept.cumsum(dim=-1), uniform)]
+    return indices[_inverse(kept, uniform)]
 
 
 def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
@@ -86,8 +88,10 @@ def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
     return probabilities
 
 
-def _inverse(cumulated: Tensor, uniform: float) -> Tensor:
-    """The index whose share of the cumulated weights holds `uniform` in [0, 1)."""
+def _inverse(weights: Tensor, uniform: float) -> Tensor:
+    """The index whose share of the weights holds `uniform` in [0, 1); one without weight never."""
+    # In fp32 the highest targets would round up to the sum, and so to the last index.
+    cumulated = weights.cumsum(dim=-1, dtype=torch.double)
     target = (cumulated[-1] * uniform).reshape(1)
     index = torch.searchsorted(cumulated, target, right=True)[0]
     return index.clamp(max=len(cumulated) - 1)

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from adapters_store.layout import TARGET_PATHS
+from adapters_store.packing import check_layout
 from server.memory.page_pool import PageGeometry, choose_block_size
 from server.model.config import ModelError
 from server.model.source import resolve_source
@@ -82,7 +83,7 @@ def engine_spec(settings: Settings) -> EngineSpec:
     device = _device(settings.device)
     shape = (config.num_layers, config.num_kv_heads, config.head_dim)
     block_size = settings.block_size or choose_block_size(*shape, config.target_shapes())
-    return EngineSpec(
+    spec = EngineSpec(
         source=source,
         config=config,
         device=device,
@@ -95,6 +96,11 @@ def engine_spec(settings: Settings) -> EngineSpec:
         max_adapters=settings.max_adapters,
         max_adapter_rank=settings.max_adapter_rank,
     )
+    try:
+        check_layout(spec.layout)
+    except ValueError as error:
+        raise ModelError(f"block_size {block_size} does not do: {error}") from error
+    return spec
 
 
 def _device(wanted: str) -> str:

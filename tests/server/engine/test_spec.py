@@ -1,0 +1,119 @@
+"""What settings leave open is settled once, and what cannot be served is refused by name."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from server.config import Settings
+from server.engine.spec import MAX_CPU_POOL_BYTES, engine_spec
+from server.model.config import ModelError
+
+
+@pytest.fixture
+def spec_of(tiny_llama):
+    """spec_of(**settings) on the tiny model, on the CPU."""
+    return lambda **settings: engine_spec(
+        Settings(**{"model": str(tiny_llama), "device": "cpu", **settings})
+    )
+
+
+def test_limits_are_those_of_the_settings(spec_of):
+    spec = spec_of(
+        max_num_seqs=3,
+        max_batched_tokens=33,
+        max_adapters=5,
+        max_adapter_rank=7,
+        max_context=99,
+        block_size=8,
+        pool_bytes=10**6,
+    )
+    assert (spec.max_num_seqs, spec.max_batched_tokens, spec.max_adapters) == (3, 33, 5)
+    assert (spec.max_adapter_rank, spec.max_context, spec.pool_bytes) == (7, 99, 10**6)
+    assert spec.geometry.block_size == 8
+    assert spec.max_rows == 7 * 7 * spec.config.num_layers
+
+
+def test_what_the_settings_leave_open_comes_from_the_model(spec_of):
+    spec = spec_of()
+    assert spec.source.name == "tiny-llama"
+    assert spec.max_context == spec.config.max_context == 128
+    assert spec.geometry.block_size in (4, 8, 16)
+    geometry = spec.geometry
+    assert (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim) == (2, 2, 8)
+
+
+def test_a_spec_goes_to_another_process_unchanged(spec_of):
+    spec = spec_of()
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_page_bytes_and_layout_follow_the_dtype(spec_of, dtype):
+    spec = spec_of(dtype=dtype, block_size=8)
+    elements = 2 * 2 * 8 * 2 * 8  # layers, k and v, block, heads, head_dim
+    assert spec.page_bytes == elements * (4 if dtype == "float32" else 2)
+    assert (spec.layout.page_elements, spec.layout.dtype) == (elements, dtype)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({}, "float32")],
+)
+def test_auto_dtype_is_bfloat16_where_the_cpu_multiplies_it(
+    spec_of, monkeypatch, capabilities, dtype
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert spec_of().dtype == dtype
+
+
+@pytest.mark.parametrize(("has_cuda", "device"), [(False, "cpu"), (True, "cuda")])
+def test_auto_device_is_the_gpu_where_there_is_one(spec_of, monkeypatch, has_cuda, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    spec = spec_of(device="auto", dtype="auto" if has_cuda else "float32")
+    assert spec.device == device
+    if has_cuda:
+        assert spec.dtype == "bfloat16"
+        assert spec_of(device="cuda", dtype="float16").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"device": "cuda"}, ["device 'cuda'", "'cpu'"]),
+        ({"dtype": "float16"}, ["float16", "'bfloat16'", "'float32'"]),
+        ({"max_context": 129}, ["max_context 129", "128", "lower"]),
+        ({"block_size": 1}, ["block_size 1", "raise block_size"]),
+        ({"model": "/nonexistent/model.gguf"}, ["/nonexistent/model.gguf"]),
+    ],
+)
+def test_refuses_what_cannot_be_served_and_says_what_can(spec_of, monkeypatch, wrong, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError) as refused:
+        spec_of(**wrong)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_the_pool_has_the_pages_that_its_bytes_hold(spec_of):
+    spec = spec_of(dtype="float32", pool_bytes=10 * 4096 + 1, block_size=8)
+    assert spec.num_pages() == 10 * 4096 // spec.page_bytes
+
+
+def test_a_pool_without_room_for_a_prompt_and_a_token_is_refused(spec_of):
+    with pytest.raises(ModelError, match=r"100 bytes holds 0 pages of .*pool_bytes"):
+        spec_of(pool_bytes=100).num_pages()
+
+
+@pytest.mark.parametrize(("available", "pool"), [(4 << 20, 1 << 20), (1 << 60, MAX_CPU_POOL_BYTES)])
+def test_the_pool_takes_a_quarter_of_free_memory_and_no_more_than_its_limit(
+    spec_of, monkeypatch, available, pool
+):
+    monkeypatch.setattr(
+        "server.engine.spec.psutil.virtual_memory", lambda: SimpleNamespace(available=available)
+    )
+    spec = spec_of()
+    assert spec.num_pages() == pool // spec.page_bytes
