@@ -271,9 +271,9 @@ def make_attention_case(
         own = [pages.pop() for _ in range(num_blocks[s])]
         block_table[s, : len(own)] = torch.tensor(own)
         slots = [own[i // block_size] * block_size + i % block_size for i in range(context)]
-        for slot in slots:
-            kv = torch.randn(num_layers, 2, num_kv_heads, head_dim, generator=generator)
-            storage[slot // block_size, :, :, slot % block_size] = kv.to(dtype)
+        kv = torch.randn(context, num_layers, 2, num_kv_heads, head_dim, generator=generator)
+        place = torch.tensor(slots)
+        storage[place // block_size, :, :, place % block_size] = kv.to(dtype)
         positions += range(context - num_queries, context)
         kv_slot += slots[context - num_queries :]
         query_start.append(query_start[-1] + num_queries)
