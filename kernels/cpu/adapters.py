@@ -22,6 +22,7 @@ from kernels.cpu.simd import (
     i64,
     load,
     load_part,
+    prefetch,
     splat,
     store,
     store_part,
@@ -42,8 +43,14 @@ def _shrink_one(y, x, width, flat, offsets, scales, num_rows):
         i1, i2, i3 = min(r + 1, last), min(r + 2, last), min(r + 3, last)
         a0, a1 = i64(offsets)[r], i64(offsets)[i1]
         a2, a3 = i64(offsets)[i2], i64(offsets)[i3]
+        n0, n1 = i64(offsets)[min(r + 4, last)], i64(offsets)[min(r + 5, last)]
+        n2, n3 = i64(offsets)[min(r + 6, last)], i64(offsets)[min(r + 7, last)]
         s0, s1, s2, s3 = zero(), zero(), zero(), zero()
         for k in range(0, full, 16):
+            prefetch(flat, n0 + k)
+            prefetch(flat, n1 + k)
+            prefetch(flat, n2 + k)
+            prefetch(flat, n3 + k)
             v = load(xs, k)
             s0, s1 = fma(v, load(flat, a0 + k), s0), fma(v, load(flat, a1 + k), s1)
             s2, s3 = fma(v, load(flat, a2 + k), s2), fma(v, load(flat, a3 + k), s3)
@@ -93,7 +100,14 @@ def _expand_one(out, at, width, sums, y, flat, offsets, b_at, num_rows):
         b0, b1 = i64(offsets)[r] + b_at, i64(offsets)[r + 1] + b_at
         b2, b3 = i64(offsets)[r + 2] + b_at, i64(offsets)[r + 3] + b_at
         y0, y1, y2, y3 = splat(ys[r]), splat(ys[r + 1]), splat(ys[r + 2]), splat(ys[r + 3])
+        last = num_rows - 1
+        n0, n1 = i64(offsets)[min(r + 4, last)] + b_at, i64(offsets)[min(r + 5, last)] + b_at
+        n2, n3 = i64(offsets)[min(r + 6, last)] + b_at, i64(offsets)[min(r + 7, last)] + b_at
         for c in range(0, full, 16):
+            prefetch(flat, n0 + c)
+            prefetch(flat, n1 + c)
+            prefetch(flat, n2 + c)
+            prefetch(flat, n3 + c)
             v = fma(y1, load(flat, b1 + c), fma(y0, load(flat, b0 + c), load(total_at, c)))
             v = fma(y3, load(flat, b3 + c), fma(y2, load(flat, b2 + c), v))
             store(total_at, c, v)

@@ -16,6 +16,7 @@ from numba import prange
 
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
+    LINE,
     add,
     elements,
     exp,
@@ -27,6 +28,7 @@ from kernels.cpu.simd import (
     load_part,
     maximum,
     mul,
+    prefetch,
     splat,
     store,
     store_part,
@@ -39,6 +41,8 @@ KEYS = 64
 """Keys of one round of the online softmax."""
 QUERIES = 32
 """Query tokens of one tile of prefill."""
+AHEAD = 8
+"""How many tokens ahead decode asks for keys and values: blocks lie far apart in memory."""
 MASKED = np.float32(-1e30)
 """The score of a key that a row may not see; its weight underflows."""
 
@@ -103,41 +107,55 @@ def _key_at(table, token, page_stride, block_size, width):
 
 
 @part
-def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, scratch):
-    """One KV head of one sequence with one query."""
-    group, dim, padded, page_stride, block_size, width, head_at, scale = shape
+def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, heads, scratch):
+    """The KV heads first .. first + count of one sequence with one query, heads = (first, count).
+
+    Reads the cache once, in the order in which it lies: all heads of a token, token by token.
+    """
+    group, dim, padded, page_stride, block_size, width, scale = shape
+    first_head, num_heads = heads
     q, m, l, acc, s = scratch
-    values_at = block_size * width
-    _begin_rows(q, m, l, acc, qkv, q_at, 0, dim, padded, group, group, scale)
-    full = dim // 16 * 16
+    rows, full = num_heads * group, dim // 16 * 16
+    head_at, values_at = first_head * dim, block_size * width
+    _begin_rows(q, m, l, acc, qkv, q_at + head_at * group, 0, dim, padded, rows, rows, scale)
     for first in range(low // KEYS * KEYS, length, KEYS):
         count = min(KEYS, length - first)
         begin = max(0, low - first)
         for j in range(begin, count):
             at = _key_at(table, first + j, page_stride, block_size, width) + head_at
-            for r in range(group):
-                sums = zero()
+            ahead = _key_at(
+                table, min(first + j + AHEAD, length - 1), page_stride, block_size, width
+            )
+            for i in range(head_at, head_at + num_heads * dim, LINE):
+                prefetch(kv, ahead + i)
+                prefetch(kv, ahead + values_at + i)
+            for r in range(rows):
+                key_at, sums = at + r // group * dim, zero()
                 for i in range(0, full, 16):
-                    sums = fma(load(f32(q), r * padded + i), load(kv, at + i), sums)
+                    sums = fma(load(f32(q), r * padded + i), load(kv, key_at + i), sums)
                 if full < dim:
-                    key = load_part(kv, at + full, dim - full)
+                    key = load_part(kv, key_at + full, dim - full)
                     sums = fma(load(f32(q), r * padded + full), key, sums)
                 f32(s)[r * KEYS + j] = total(sums)
-        for r in range(group):
+        for r in range(rows):
             row = acc + 4 * r * padded
             _to_weights(s + 4 * r * KEYS, m + 4 * r, l + 4 * r, row, padded, begin, count)
         for j in range(begin, count):
             at = _key_at(table, first + j, page_stride, block_size, width) + head_at + values_at
-            for r in range(group):
-                weight, row = splat(f32(s)[r * KEYS + j]), r * padded
+            for r in range(rows):
+                weight, row, value_at = (
+                    splat(f32(s)[r * KEYS + j]),
+                    r * padded,
+                    at + r // group * dim,
+                )
                 for i in range(0, full, 16):
-                    v = fma(weight, load(kv, at + i), load(f32(acc), row + i))
+                    v = fma(weight, load(kv, value_at + i), load(f32(acc), row + i))
                     store(f32(acc), row + i, v)
                 if full < dim:
-                    v = load_part(kv, at + full, dim - full)
+                    v = load_part(kv, value_at + full, dim - full)
                     v = fma(weight, v, load(f32(acc), row + full))
                     store(f32(acc), row + full, v)
-    _end_rows(out, out_at, 0, l, acc, dim, padded, group, group)
+    _end_rows(out, out_at + head_at * group, 0, l, acc, dim, padded, rows, rows)
 
 
 @part
@@ -240,28 +258,29 @@ def decode(
 ):  # fmt: skip
     """Addresses of the arguments of `kernels.reference.paged_attention`; one query a sequence."""
     group, padded = num_heads // num_kv_heads, (dim + 15) // 16 * 16
-    num_items = num_sequences * num_kv_heads
+    # Few sequences: their heads are shared out, so that every worker has something to do.
+    heads_each = num_kv_heads if num_sequences >= 2 * num_workers else 1
+    items_each = num_kv_heads // heads_each
+    rows = heads_each * group
     for worker in prange(num_workers):
-        room = np.empty(2 * group * padded + 2 * group + group * KEYS, np.float32)
+        room = np.empty(2 * rows * padded + 2 * rows + rows * KEYS, np.float32)
         q = np.int64(room.ctypes.data)
-        acc = q + 4 * group * padded
-        s = acc + 4 * group * padded
-        m = s + 4 * group * KEYS
-        scratch = (q, m, m + 4 * group, acc, s)
-        for item in range(worker, num_items, num_workers):
-            sequence = np.int64(i32(sequences)[item // num_kv_heads])
-            head = item % num_kv_heads
+        acc = q + 4 * rows * padded
+        s = acc + 4 * rows * padded
+        m = s + 4 * rows * KEYS
+        scratch = (q, m, m + 4 * rows, acc, s)
+        for item in range(worker, num_sequences * items_each, num_workers):
+            sequence = np.int64(i32(sequences)[item // items_each])
+            heads = (item % items_each * heads_each, heads_each)
             token = np.int64(i32(query_start)[sequence])
             length = np.int64(i32(context_len)[sequence])
             low = max(0, length - window) if window > 0 else 0
             table = block_table + 4 * sequence * max_blocks
             width = num_kv_heads * dim
-            shape = (group, dim, padded, page_stride, block_size, width, head * dim, scale)
-            out_at = token * num_heads * dim + head * group * dim
-            q_at = token * row_size + head * group * dim
+            shape = (group, dim, padded, page_stride, block_size, width, scale)
             _decode_one(
-                elements(out, kind), out_at, elements(qkv, kind), q_at, elements(kv, kind), table,
-                length, low, shape, scratch,
+                elements(out, kind), token * num_heads * dim, elements(qkv, kind),
+                token * row_size, elements(kv, kind), table, length, low, shape, heads, scratch,
             )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+LINE = 32
+"""Elements of bf16 in a cache line of 64 bytes: the distance between prefetches."""
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 """Floating-point freedoms of the kernels: sums may be reordered; NaN and Inf keep their meaning."""
 
@@ -192,6 +194,20 @@ def store_part(typingctx: Any, pointer: Any, index: Any, vector: Any, count: Any
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, f32x16, types.int64), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Ask for the cache line of pointer[index]; a hint, harmless at any address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.gep(args[0], [args[1]])
+        # for reading, to be kept in all caches, data
+        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *hints])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
 
 
 @intrinsic

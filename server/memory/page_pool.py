@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kernels.layout import row_elements
@@ -22,6 +23,11 @@ BLOCK_SIZES = (16, 8, 4)
 
 MIN_FILL = 0.97
 """Least share of its pages that a rank-8 adapter has to fill."""
+
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Of the operating system, where it has them; blocks of a sequence lie far apart, and ordinary
+pages of 4 KiB would cost a walk of the page tables for each."""
 
 
 class OutOfPages(Exception):
@@ -78,7 +84,7 @@ class PagePool:
                 f"a pool of {num_pages} pages of {page_elements} elements holds nothing: "
                 "give it more bytes (pool_bytes), at least those of one page"
             )
-        self.storage = torch.zeros(num_pages, page_elements, dtype=dtype, device=device)
+        self.storage = _zeros(num_pages, page_elements, dtype, torch.device(device))
         self._free = list(range(num_pages - 1, -1, -1))  # taken from the end: lowest page first
         self._is_free = bytearray(b"\x01") * num_pages
 
@@ -132,3 +138,15 @@ class PagePool:
         flagged = {page for page, free in enumerate(self._is_free) if free}
         assert listed == flagged, f"free list and flags differ in {sorted(listed ^ flagged)}"
         assert self.storage.shape[0] == self.num_pages
+
+
+def _zeros(
+    num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros [num_pages, page_elements]; on a CPU in huge pages, and taken when first written."""
+    if device.type != "cpu":
+        return torch.zeros(num_pages, page_elements, dtype=dtype, device=device)
+    num_bytes = num_pages * page_elements * dtype.itemsize
+    host = np.zeros(num_bytes + HUGE_PAGE_BYTES, dtype=np.uint8)  # numpy asks for huge pages
+    start = -host.ctypes.data % HUGE_PAGE_BYTES
+    return torch.from_numpy(host[start : start + num_bytes]).view(dtype).view(num_pages, -1)
