@@ -9,7 +9,7 @@ layout that it was packed for ("layout").
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -68,7 +68,12 @@ class ImageLoader(Protocol):
 
 
 class ThreadedImageLoader:
-    """Copies one image after the other in one thread, while the engine's thread runs steps."""
+    """Copies one image after the other in one thread, while the engine's thread runs steps.
+
+    On a CPU that thread computes with numpy alone. A torch operation in it would bring an OpenMP
+    team of its own into being, and with more threads than cores OpenMP puts the step's own team to
+    sleep after each parallel region: every step would take 1.5 times as long from then on.
+    """
 
     def __init__(self, storage: Tensor, layout: BaseLayout) -> None:
         """`storage` [num_pages, page_elements] in the layout's dtype is written, never read."""
@@ -121,12 +126,9 @@ class ThreadedImageLoader:
             self._check_identity(image, file.metadata() or {})
             source = file.get_tensor("pages")
             # The file may go away while the table is in use: keep copies of the small tensors.
-            table = RankTable(
-                file.get_tensor("row_ptr").clone(),
-                file.get_tensor("row_offset").clone(),
-                file.get_tensor("row_scale").clone(),
-            )
-            self._check_table(image, table, num_pages=len(pages))
+            names = ("row_ptr", "row_offset", "row_scale")
+            ptr, offset, scale = (file.get_tensor(name).numpy().copy() for name in names)
+            self._check_table(image, ptr, offset, scale, num_pages=len(pages))
             if len(source) != len(pages):
                 raise ImageError(
                     f"adapter {image.digest}: its image has {len(source)} pages now, "
@@ -136,11 +138,10 @@ class ThreadedImageLoader:
                 self._copy_to_device(source, pages)
             else:
                 self._copy_on_host(source, pages)
-        return table
+        return RankTable(*(torch.from_numpy(part) for part in (ptr, offset, scale)))
 
     def _copy_on_host(self, source: Tensor, pages: tuple[int, ...]) -> None:
-        # numpy copies without the GIL and, other than torch, without a team of OpenMP threads,
-        # which would take the cores from the step in progress.
+        # numpy copies without the GIL.
         from_bytes = source.view(torch.uint8).numpy()
         to_bytes = self._storage.view(torch.uint8).numpy()
         for i, page in enumerate(pages):
@@ -167,17 +168,23 @@ class ThreadedImageLoader:
                 f"{self._layout.model_name} with layout {self._layout.key}: upload it again"
             )
 
-    def _check_table(self, image: AdapterImage, table: RankTable, num_pages: int) -> None:
-        ptr, offset, scale = table
+    def _check_table(
+        self,
+        image: AdapterImage,
+        ptr: np.ndarray[Any, Any],
+        offset: np.ndarray[Any, Any],
+        scale: np.ndarray[Any, Any],
+        num_pages: int,
+    ) -> None:
         num_entries = self._layout.num_layers * len(self._layout.targets) + 1
         page_elements = self._layout.page_elements
         sound = (
-            (ptr.dtype, offset.dtype, scale.dtype) == (torch.int32, torch.int64, torch.float32)
+            (ptr.dtype, offset.dtype, scale.dtype) == (np.int32, np.int64, np.float32)
             and ptr.shape == (num_entries,)
             and offset.ndim == 1
             and offset.shape == scale.shape
             and (int(ptr[0]), int(ptr[-1])) == (0, len(offset))
-            and bool((ptr.diff() >= 0).all())
+            and bool((np.diff(ptr) >= 0).all())
             and bool(((offset >= 0) & (offset < num_pages * page_elements)).all())
             and bool((offset % ROW_ALIGNMENT == 0).all())
             and bool((offset % page_elements + self._row_sizes(ptr) <= page_elements).all())
@@ -188,10 +195,10 @@ class ThreadedImageLoader:
                 f"{num_entries - 1} targets and {num_pages} pages: upload the adapter again"
             )
 
-    def _row_sizes(self, ptr: Tensor) -> Tensor:
-        """Elements of each rank row, [rows] int64."""
+    def _row_sizes(self, ptr: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Elements of each rank row, [rows]."""
         sizes = [row_elements(t.in_features, t.out_features) for t in self._layout.targets]
-        return torch.tensor(sizes * self._layout.num_layers).repeat_interleave(ptr.diff().long())
+        return np.repeat(sizes * self._layout.num_layers, np.diff(ptr))
 
     def _unreadable(self, image: AdapterImage, error: BaseException) -> ImageError:
         # An OSError's own text would tell the client a path of the server.

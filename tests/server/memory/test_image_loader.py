@@ -10,6 +10,7 @@ import torch
 
 from server.memory.adapter_pool import AdapterPool
 from server.memory.image_loader import ImageError, RankTable, ThreadedImageLoader
+from server.memory.page_pool import PagePool
 from server.memory.residency import AdapterImage
 
 
@@ -127,6 +128,19 @@ def test_a_file_that_goes_away_after_it_was_measured_fails_the_load(threaded, wr
     outcome = load(threaded, image, [1, 2])
     assert isinstance(outcome, ImageError)
     assert "no such file" in str(outcome)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_a_load_starts_one_thread_and_no_team_of_threads(layout, write_image):
+    torch.ones(1 << 20).sum()  # this thread's own team
+    pool = PagePool(20_000, layout.page_elements, torch.float32, "cpu")
+    loader = ThreadedImageLoader(pool.storage, layout)
+    before = len(list(Path("/proc/self/task").iterdir()))
+    outcome = load(loader, write_image(num_rows=80_000), range(20_000))
+    after = len(list(Path("/proc/self/task").iterdir()))
+    loader.close()
+    assert isinstance(outcome, RankTable)
+    assert after == before + 1
 
 
 def test_the_pool_wakes_its_caller_and_serves_what_the_thread_copied(pool, layout, write_image):
