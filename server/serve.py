@@ -72,6 +72,7 @@ async def _run(
         tokenizer = await asyncio.to_thread(_tokenizer, settings, spec)
         with contextlib.closing(_open_store(settings, spec)) as store:
             await asyncio.to_thread(register_adapters, settings, store)
+            _check_names(settings, spec, store)
             return await _serve_app(settings, spec, listener, started, engine, store, tokenizer)
     finally:
         await engine.stop()
@@ -86,7 +87,7 @@ async def _serve_app(
     store: AdapterStore,
     tokenizer: Tokenizer,
 ) -> int:
-    model_name = settings.served_model_name or spec.source.name
+    model_name = _model_name(settings, spec)
     failures: list[EngineStartError] = []
 
     @contextlib.asynccontextmanager
@@ -147,6 +148,20 @@ def register_adapters(settings: Settings, store: AdapterStore) -> None:
             raise _CannotServe(f"--adapter {entry}: {error}") from error
 
 
+def _model_name(settings: Settings, spec: EngineSpec) -> str:
+    return settings.served_model_name or spec.source.name
+
+
+def _check_names(settings: Settings, spec: EngineSpec, store: AdapterStore) -> None:
+    """Refuse to start where `model` could mean the base model and an adapter."""
+    name = _model_name(settings, spec)
+    if name in {adapter.adapter_id for adapter in store.adapters()}:
+        raise _CannotServe(
+            f"the base model and an adapter are both called {name!r}: give the base model another "
+            "name with --served-model-name"
+        )
+
+
 def _on_signal(act: Callable[[], object]) -> None:
     """What SIGINT and SIGTERM do from now on."""
     loop = asyncio.get_running_loop()
@@ -185,7 +200,10 @@ def _open_store(settings: Settings, spec: EngineSpec) -> AdapterStore:
 
 
 def _tokenizer(settings: Settings, spec: EngineSpec) -> Tokenizer:
-    return Tokenizer(load_tokenizer(spec.source, settings.data_dir / "cache"))
+    hf = load_tokenizer(spec.source, settings.data_dir / "cache")
+    own = () if hf.eos_token_id is None else (hf.eos_token_id,)
+    # Llama 3 and others end an answer by more tokens than their tokenizer says.
+    return Tokenizer(hf, tuple(dict.fromkeys((*own, *spec.config.eos_token_ids))))
 
 
 def _show_banner(

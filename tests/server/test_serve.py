@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from adapters_store.store import AdapterStore
 from server.config import Settings
 from server.engine.client import EngineStartError
 from server.engine.spec import engine_spec
-from server.serve import _CannotServe, register_adapters, serve
+from server.serve import _CannotServe, _tokenizer, register_adapters, serve
 
 STOP_SECONDS, WATCHDOG_SECONDS = 60, 180
 
@@ -222,6 +223,24 @@ def test_an_engine_that_does_not_start_ends_the_server(settings_of, capsys, engi
     assert serve(settings_of()) == 1
     assert "exit code 7" in capsys.readouterr().err
     assert engine.instances[0].is_stopped
+
+
+def test_a_base_model_and_an_adapter_of_one_name_are_refused(settings_of, capsys, engine, tmp_path):
+    directory = write_adapter(tmp_path / "law", 1)
+    settings = settings_of(served_model_name="law", adapter=[f"law={directory}"])
+    assert serve(settings) == 1
+    said = capsys.readouterr().err
+    assert "both called 'law'" in said
+    assert "--served-model-name" in said
+    assert engine.instances[0].is_stopped
+
+
+def test_answers_end_by_the_end_tokens_of_tokenizer_and_config(settings_of):
+    settings = settings_of()
+    spec = engine_spec(settings)
+    assert _tokenizer(settings, spec).eos_token_ids == (256,)
+    more = replace(spec, config=replace(spec.config, eos_token_ids=(7, 256)))
+    assert _tokenizer(settings, more).eos_token_ids == (256, 7)
 
 
 # How it stops.
