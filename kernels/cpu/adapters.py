@@ -194,6 +194,15 @@ def _add_adapter(
                 _expand_one(out, place, columns, sums, yj, flat, bt, b_at, rows)
 
 
+def scratch_elements(in_features: int, max_columns: int, max_rows: int) -> int:
+    """Elements of fp32 scratch that a worker needs: x and y of a tile, the sums of one token."""
+    return TILE * (_padded(in_features) + _padded(max_rows)) + _padded(max_columns)
+
+
+def _padded(count: int) -> int:
+    return -(-count // 16) * 16
+
+
 @kernel
 def add_adapters(
     kind,
@@ -214,20 +223,22 @@ def add_adapters(
     table_stride,
     out_start,
     num_targets,
-    max_columns,
     max_rows,
+    scratch,
+    scratch_size,
     num_workers,
 ):
     """Addresses and strides (in elements) of the arguments of `kernels.reference.add_adapters`.
 
+    scratch: address of fp32 [num_workers, scratch_size], scratch_size as `scratch_elements` says.
     Tiles go to workers in turn, since neighbours are likely to be of the same rank.
     """
     for worker in prange(num_workers):
         x_size = (width + 15) // 16 * 16
-        xs = np.empty(TILE * x_size, np.float32)
-        y = np.empty(TILE * max_rows, np.float32)
-        sums = np.empty((max_columns + 15) // 16 * 16, np.float32)
-        scratch = (xs.ctypes.data, x_size, y.ctypes.data, max_rows, sums.ctypes.data)
+        y_size = (max_rows + 15) // 16 * 16
+        xs = scratch + 4 * worker * scratch_size
+        y = xs + 4 * TILE * x_size
+        room = (xs, x_size, y, y_size, y + 4 * TILE * y_size)
         span = (out_start, num_targets)
         tile = 0
         for segment in range(num_segments):
@@ -243,5 +254,5 @@ def add_adapters(
                 count = min(TILE, stop - token)
                 _add_adapter(
                     elements(out, kind), out_stride, elements(x, kind), x_stride, width,
-                    elements(flat, kind), token, count, ptr, offsets, scales, span, scratch,
+                    elements(flat, kind), token, count, ptr, offsets, scales, span, room,
                 )  # fmt: skip

@@ -250,25 +250,35 @@ def _prefill_tile(
     _end_rows(out, out_at, out_size, l, acc, dim, padded, rows, group)
 
 
+def scratch_elements(num_heads: int, num_kv_heads: int, dim: int) -> int:
+    """Elements of fp32 scratch that a worker of decode or prefill needs, whichever is more."""
+    padded = -(-dim // 16) * 16
+    tile_rows = -(-QUERIES * (num_heads // num_kv_heads) // 4) * 4
+    tile = 2 * tile_rows * (padded + 1) + 4 * KEYS + 2 * padded * KEYS + padded
+    return max(num_heads * (2 * padded + 2 + KEYS), tile) // 16 * 16 + 16
+
+
 @kernel
 def decode(
     kind, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
     sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
-    num_workers,
+    scratch, scratch_size, num_workers,
 ):  # fmt: skip
-    """Addresses of the arguments of `kernels.reference.paged_attention`; one query a sequence."""
+    """Addresses of the arguments of `kernels.reference.paged_attention`; one query a sequence.
+
+    scratch: address of fp32 [num_workers, scratch_size], scratch_size as `scratch_elements` says.
+    """
     group, padded = num_heads // num_kv_heads, (dim + 15) // 16 * 16
     # Few sequences: their heads are shared out, so that every worker has something to do.
     heads_each = num_kv_heads if num_sequences >= 2 * num_workers else 1
     items_each = num_kv_heads // heads_each
     rows = heads_each * group
     for worker in prange(num_workers):
-        room = np.empty(2 * rows * padded + 2 * rows + rows * KEYS, np.float32)
-        q = np.int64(room.ctypes.data)
+        q = scratch + 4 * worker * scratch_size
         acc = q + 4 * rows * padded
         s = acc + 4 * rows * padded
         m = s + 4 * rows * KEYS
-        scratch = (q, m, m + 4 * rows, acc, s)
+        room = (q, m, m + 4 * rows, acc, s)
         for item in range(worker, num_sequences * items_each, num_workers):
             sequence = np.int64(i32(sequences)[item // items_each])
             heads = (item % items_each * heads_each, heads_each)
@@ -280,7 +290,7 @@ def decode(
             shape = (group, dim, padded, page_stride, block_size, width, scale)
             _decode_one(
                 elements(out, kind), token * num_heads * dim, elements(qkv, kind),
-                token * row_size, elements(kv, kind), table, length, low, shape, heads, scratch,
+                token * row_size, elements(kv, kind), table, length, low, shape, heads, room,
             )  # fmt: skip
 
 
@@ -288,22 +298,19 @@ def decode(
 def prefill(
     kind, out, qkv, row_size, num_heads, num_kv_heads, dim, kv, page_stride, block_size,
     sequences, num_sequences, query_start, context_len, block_table, max_blocks, scale, window,
-    num_workers,
+    scratch, scratch_size, num_workers,
 ):  # fmt: skip
     """As `decode`, for sequences with any number of queries; tiles go to workers in turn."""
     group, padded = num_heads // num_kv_heads, (dim + 15) // 16 * 16
     rows = (QUERIES * group + 3) // 4 * 4
     for worker in prange(num_workers):
-        room = np.zeros(
-            2 * rows * padded + 2 * rows + 4 * KEYS + 2 * padded * KEYS + padded, np.float32
-        )
-        q = np.int64(room.ctypes.data)
+        q = scratch + 4 * worker * scratch_size
         acc = q + 4 * rows * padded
         s = acc + 4 * rows * padded
         v = s + 16 * KEYS
         k = v + 4 * padded * KEYS
         m = k + 4 * padded * KEYS + 4 * padded
-        scratch = (q, m, m + 4 * rows, acc, s, k, v)
+        room = (q, m, m + 4 * rows, acc, s, k, v)
         width, item = num_kv_heads * dim, 0
         for index in range(num_sequences):
             sequence = np.int64(i32(sequences)[index])
@@ -323,5 +330,5 @@ def prefill(
                     _prefill_tile(
                         elements(out, kind), out_at, num_heads * dim, elements(qkv, kind), q_at,
                         row_size, elements(kv, kind), table, token + offset, count, window, shape,
-                        scratch,
+                        room,
                     )  # fmt: skip

@@ -93,6 +93,10 @@ def paged_attention(
     page_stride, block_size, num_kv_heads, head_dim = _kv_shape(kv_cache, qkv)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
+    num_workers = workers()
+    scratch = torch.empty(
+        num_workers, attention.scratch_elements(num_heads, num_kv_heads, head_dim)
+    )
     for function, sequences in (
         (attention.decode, index.decode),
         (attention.prefill, index.prefill),
@@ -117,7 +121,9 @@ def paged_attention(
                 index.block_table.shape[1],
                 scale,
                 window,
-                workers(),
+                scratch.data_ptr(),
+                scratch.shape[1],
+                num_workers,
             )
     return out
 
@@ -135,6 +141,12 @@ def add_adapters(
         return
     _check_rows(out, x, storage, span)
     out_start, max_columns = _columns(span.out_start)
+    num_workers = workers()
+    # Not made in the kernel: numba frees an array after its last use by name, whoever still has
+    # its address.
+    scratch = torch.empty(
+        num_workers, adapters.scratch_elements(x.shape[1], max_columns, index.max_span_rows)
+    )
     adapters.add_adapters(
         KINDS[storage.dtype],
         out.data_ptr(),
@@ -154,9 +166,10 @@ def add_adapters(
         rows.row_offset.shape[1],
         out_start.data_ptr(),
         len(span.out_start) - 1,
-        max_columns,
         index.max_span_rows,
-        workers(),
+        scratch.data_ptr(),
+        scratch.shape[1],
+        num_workers,
     )
 
 
