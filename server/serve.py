@@ -30,6 +30,9 @@ from server.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+GRACE_SECONDS = 4
+"""How long open answers may go on after a signal; then they end with an error."""
+
 logger = logging.getLogger("manylora")
 
 
@@ -51,6 +54,7 @@ def serve(settings: Settings) -> int:
     started = time.monotonic()
     try:
         with contextlib.closing(_listen(settings)) as listener:
+            adapter_directories(settings)  # before anything that takes time
             spec = engine_spec(settings)
             return asyncio.run(_run(settings, spec, listener, started))
     except asyncio.CancelledError:  # a signal, before there was a server to take it
@@ -115,13 +119,36 @@ async def _serve_app(
         running=running(),
     )
     server = _Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on")
+        uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS + 2, lifespan="on"
+        )
     )
-    _on_signal(lambda: server.handle_exit(signal.SIGINT, None))  # twice: without waiting
+
+    def stop() -> None:
+        server.handle_exit(signal.SIGINT, None)  # the second time: without waiting
+        asyncio.get_running_loop().call_later(
+            GRACE_SECONDS, engine.end_requests, "the server is stopping"
+        )
+
+    _on_signal(stop)
     await server.serve(sockets=[listener])
     if failures:
         raise failures[0]
     return 0
+
+
+def adapter_directories(settings: Settings) -> list[tuple[str, Path]]:
+    """Name and directory of each NAME=DIR of the settings; _CannotServe for what is none."""
+    found = []
+    for entry in settings.adapter:
+        name, _, path = entry.partition("=")
+        directory = Path(path).expanduser()
+        if not name or not path or not directory.is_dir():
+            raise _CannotServe(
+                f"--adapter {entry!r} is not NAME=DIR with a directory that PEFT has written"
+            )
+        found.append((name, directory))
+    return found
 
 
 def register_adapters(settings: Settings, store: AdapterStore) -> None:
@@ -135,17 +162,11 @@ def register_adapters(settings: Settings, store: AdapterStore) -> None:
             if name not in known:
                 logger.info("registering the shipped adapter %s", name)
                 store.add(name, directory, description="shipped with manylora")
-    for entry in settings.adapter:
-        name, _, path = entry.partition("=")
-        directory = Path(path).expanduser()
-        if not name or not path or not directory.is_dir():
-            raise _CannotServe(
-                f"--adapter {entry!r} is not NAME=DIR with a directory that PEFT has written"
-            )
+    for name, directory in adapter_directories(settings):
         try:
             store.add(name, directory)
         except AdapterStoreError as error:
-            raise _CannotServe(f"--adapter {entry}: {error}") from error
+            raise _CannotServe(f"--adapter {name}={directory}: {error}") from error
 
 
 def _model_name(settings: Settings, spec: EngineSpec) -> str:

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter()
 
+_LOOK_SECONDS = 0.02
+"""Between two looks at whether the requests of a deleted adapter have ended."""
+
 
 class Admitted(Answer, frozen=True):
     """An upload's answer; a dry run admits nothing and has no version."""
@@ -97,6 +100,7 @@ async def delete_adapter(
         raise _unknown(adapter_id)
     state.deleting.add(adapter_id)
     try:
+        await _end_requests(state, adapter_id, abort=mode == "abort")
         own_digests = await run_in_threadpool(_own_digests, state, adapter_id)
         # The files go last: a request that still waits for its adapter needs them.
         drops = [state.engine.drop(digest, mode == "abort") for digest in own_digests]
@@ -112,6 +116,16 @@ async def delete_adapter(
         freed_bytes=freed_bytes,
     )
     return Json(answer)
+
+
+async def _end_requests(state: AppState, adapter_id: str, *, abort: bool) -> None:
+    """Wait until no request of the name runs; with `abort`, cancel them first."""
+    await run_in_threadpool(_get, state, adapter_id)
+    if abort:
+        for request_id in tuple(state.running.get(adapter_id, ())):
+            await state.engine.cancel(request_id)
+    while adapter_id in state.running:
+        await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def _preload(state: AppState, version: AdapterVersion) -> None:

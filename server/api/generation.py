@@ -77,19 +77,22 @@ class Generation:
         text = CompletionText[TokenLogprobs | None](self.state.tokenizer, self.stops)
         clock = _TokenClock(self.state, self.started)
         num_tokens = 0
-        async with aclosing(self.state.engine.generate(submit)) as events:
-            async for event in events:
-                if isinstance(event, Finished):
-                    yield self._last_piece(index, event, text)
-                    return
-                adapter = self._applied(event.adapter_digest)
-                clock.tick(len(event.token_ids))
-                added, tokens, num_read = _read_tokens(text, event)
-                num_tokens += num_read
-                reason = "stop" if text.has_stopped else None
-                yield Piece(index, added, tokens, adapter, num_tokens, reason)
-                if text.has_stopped:
-                    return
+        version = self.addressee.version
+        adapter_id = None if version is None else version.adapter_id
+        with self.state.listed(adapter_id, submit.request_id):
+            async with aclosing(self.state.engine.generate(submit)) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        yield self._last_piece(index, event, text)
+                        return
+                    adapter = self._applied(event.adapter_digest)
+                    clock.tick(len(event.token_ids))
+                    added, tokens, num_read = _read_tokens(text, event)
+                    num_tokens += num_read
+                    reason = "stop" if text.has_stopped else None
+                    yield Piece(index, added, tokens, adapter, num_tokens, reason)
+                    if text.has_stopped:
+                        return
         raise InternalError("the engine ended the request without saying how: try again")
 
     def _last_piece(

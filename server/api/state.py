@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -39,6 +40,9 @@ class Engine(Protocol):
     def generate(self, request: Submit) -> AsyncGenerator[TokenEvent | Finished, None]:
         """The request's events, exactly one Finished, last; closing it early cancels."""
 
+    async def cancel(self, request_id: str) -> None:
+        """End a request: its Finished says "cancelled". Unknown and ended ids are ignored."""
+
     async def preload(self, adapter: AdapterImage) -> None:
         """Ask for an adapter to be made resident where that costs nobody anything."""
 
@@ -51,7 +55,8 @@ class AppState:
     """One app's dependencies, all of them made by the caller and outliving the app.
 
     `deleting` holds the adapters whose requests are being drained: no new request may name them;
-    only the adapter routes write it.
+    only the adapter routes write it. `running` has the open engine requests of each adapter, by
+    name, since two names may have the same weights; only `listed` writes it.
     """
 
     settings: Settings
@@ -63,6 +68,21 @@ class AppState:
     max_context: int  # the model's own, or the setting; the pool may allow less
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
     deleting: set[str] = field(default_factory=set)
+    running: dict[str, set[str]] = field(default_factory=dict)
+
+    @contextmanager
+    def listed(self, adapter_id: str | None, request_id: str) -> Iterator[None]:
+        """Have a request of an adapter among the running ones; None: the base model's, not kept."""
+        if adapter_id is None:
+            yield
+            return
+        self.running.setdefault(adapter_id, set()).add(request_id)
+        try:
+            yield
+        finally:
+            self.running[adapter_id].discard(request_id)
+            if not self.running[adapter_id]:
+                del self.running[adapter_id]
 
     def running_context(self) -> int:
         """Longest prompt and completion now; EngineUnavailable while the engine starts."""

@@ -70,7 +70,7 @@ def _joined_parts(value: Any) -> Any:
         is_text = isinstance(part, dict) and part.get("type") == "text"
         if not is_text or not isinstance(part.get("text"), str):
             raise PydanticCustomError(
-                "content_part", 'only parts {{"type": "text", "text": "…"}} are supported'
+                "content_part", 'only parts {"type": "text", "text": "…"} are supported'
             )
         texts.append(part["text"])
     return "\n".join(texts)

@@ -146,6 +146,16 @@ class EngineClient:
             if self._requests.pop(request_id, None) is not None:
                 self._send(Cancel(request_id=request_id))
 
+    async def cancel(self, request_id: str) -> None:
+        """End a request: its Finished says "cancelled". Unknown and ended ids are ignored."""
+        if request_id in self._requests:
+            self._send(Cancel(request_id=request_id))
+
+    def end_requests(self, why: str) -> None:
+        """Answer every open request with an error, whatever the engine does."""
+        for request_id, queue in self._requests.items():
+            queue.put_nowait(_lost(request_id, why))
+
     async def preload(self, adapter: AdapterImage) -> None:
         """Ask for an adapter to be made resident where that evicts nothing."""
         if self.started is not None:
@@ -232,8 +242,7 @@ class EngineClient:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        for request_id, queue in self._requests.items():
-            queue.put_nowait(_lost(request_id, why))
+        self.end_requests(why)
         for digest, answers in self._drops.items():
             for answer in answers:
                 if not answer.done():

@@ -155,6 +155,30 @@ def test_an_uploaded_adapter_is_used_without_a_restart_and_deleted_for_good(serv
     assert server.http.post("/v1/completions", json=body).status_code == 404
 
 
+def test_deleting_one_of_two_names_of_the_same_weights_ends_only_its_own_requests(
+    server, tiny_adapters
+):
+    files = {
+        "config": (tiny_adapters["rank-8"] / "adapter_config.json").read_bytes(),
+        "weights": (tiny_adapters["rank-8"] / "adapter_model.safetensors").read_bytes(),
+    }
+    for name in ("twin-a", "twin-b"):
+        answer = server.http.post("/v1/adapters", data={"adapter_id": name}, files=files)
+        assert answer.status_code == 201, answer.text
+    body = {"model": "twin-a", "prompt": "tell", "max_tokens": 480, "ignore_eos": True}
+    with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: ")
+        deleted = server.http.delete("/v1/adapters/twin-a?mode=abort")
+        assert deleted.json()["freed_bytes"] == 0
+        rest = [line for line in lines if line]
+    assert '"request_cancelled"' in rest[-2]
+    answer = server.http.post(
+        "/v1/completions", json={"model": "twin-b", "prompt": "tell", "max_tokens": 2}
+    )
+    assert answer.status_code == 200
+
+
 def test_a_killed_engine_ends_its_requests_with_an_error_and_comes_back(server):
     body = {"prompt": "tell me", "max_tokens": 400, "stream": True, "ignore_eos": True}
     names = server.names()

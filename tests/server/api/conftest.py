@@ -77,6 +77,9 @@ class ScriptedEngine:
             if not has_finished:
                 self.cancelled.append(request.request_id)
 
+    async def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
     async def preload(self, adapter: AdapterImage) -> None:
         self.preloads.append(adapter)
 
