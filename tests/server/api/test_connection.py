@@ -115,6 +115,7 @@ def test_over_a_real_socket_a_closed_connection_cancels_the_request(server, kit)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
     uvicorn_server = uvicorn.Server(config)
     socket = config.bind_socket()
+    socket.listen()  # at once: the server does so in its thread, and the client may be quicker
     thread = threading.Thread(target=uvicorn_server.run, args=([socket],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{socket.getsockname()[1]}/v1/chat/completions"
