@@ -62,6 +62,16 @@ class AdapterIndex(NamedTuple):
     max_span_rows: int  # most rows that any span of any slot of the step has
 
 
+class RowReads(NamedTuple):
+    """The rank rows that the call after this one will read: a hint to ask for them in time."""
+
+    storage: Tensor
+    rows: RankRows
+    adapters: AdapterIndex
+    span: TargetSpan
+    num_inputs: int  # of the span's targets
+
+
 class AttentionIndex(NamedTuple):
     """Where each sequence's tokens of a step lie in the batch and in the KV pages."""
 

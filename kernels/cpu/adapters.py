@@ -15,16 +15,18 @@ from numba import prange
 
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
+    LINE,
     elements,
     f32,
     fma,
+    fma_pairs,
     i32,
     i64,
-    load,
+    load_pair,
     load_part,
     prefetch,
     splat,
-    store,
+    store_pair,
     store_part,
     total,
     zero,
@@ -35,95 +37,102 @@ TILE = 4
 
 
 @part
-def _shrink_one(y, x, width, flat, offsets, scales, num_rows):
+def _row(rows, index):
+    """Where row `index` of rows lies, or its last one; rows: address of offsets, and how many."""
+    return i64(rows[0])[max(0, min(index, rows[1] - 1))]
+
+
+@part
+def _shrink_one(y, x, x_at, width, flat, offsets, scales, num_rows, coming):
     """y[i] = scaleᵢ · (x · aᵢ) for one token, four rows at a time."""
-    xs, full = f32(x), width // 16 * 16
+    full, last = width // LINE * LINE, num_rows - 1
     for r in range(0, num_rows, 4):
-        last = num_rows - 1
-        i1, i2, i3 = min(r + 1, last), min(r + 2, last), min(r + 3, last)
-        a0, a1 = i64(offsets)[r], i64(offsets)[i1]
-        a2, a3 = i64(offsets)[i2], i64(offsets)[i3]
-        n0, n1 = i64(offsets)[min(r + 4, last)], i64(offsets)[min(r + 5, last)]
-        n2, n3 = i64(offsets)[min(r + 6, last)], i64(offsets)[min(r + 7, last)]
+        r1, r2, r3 = min(r + 1, last), min(r + 2, last), min(r + 3, last)
+        a0, a1 = i64(offsets)[r], i64(offsets)[r1]
+        a2, a3 = i64(offsets)[r2], i64(offsets)[r3]
+        n0, n1, n2, n3 = _row(coming, r), _row(coming, r1), _row(coming, r2), _row(coming, r3)
         s0, s1, s2, s3 = zero(), zero(), zero(), zero()
-        for k in range(0, full, 16):
+        for k in range(0, full, LINE):
             prefetch(flat, n0 + k)
             prefetch(flat, n1 + k)
             prefetch(flat, n2 + k)
             prefetch(flat, n3 + k)
-            v = load(xs, k)
-            s0, s1 = fma(v, load(flat, a0 + k), s0), fma(v, load(flat, a1 + k), s1)
-            s2, s3 = fma(v, load(flat, a2 + k), s2), fma(v, load(flat, a3 + k), s3)
-        if full < width:
-            v, n = load(xs, full), width - full
-            s0 = fma(v, load_part(flat, a0 + full, n), s0)
-            s1 = fma(v, load_part(flat, a1 + full, n), s1)
-            s2 = fma(v, load_part(flat, a2 + full, n), s2)
-            s3 = fma(v, load_part(flat, a3 + full, n), s3)
-        f32(y)[i3] = total(s3) * f32(scales)[i3]
-        f32(y)[i2] = total(s2) * f32(scales)[i2]
-        f32(y)[i1] = total(s1) * f32(scales)[i1]
+            s0 = fma_pairs(flat, a0 + k, x, x_at + k, s0)
+            s1 = fma_pairs(flat, a1 + k, x, x_at + k, s1)
+            s2 = fma_pairs(flat, a2 + k, x, x_at + k, s2)
+            s3 = fma_pairs(flat, a3 + k, x, x_at + k, s3)
+        for k in range(full, width, 16):
+            n = min(16, width - k)
+            v = load_part(x, x_at + k, n)
+            s0 = fma(v, load_part(flat, a0 + k, n), s0)
+            s1 = fma(v, load_part(flat, a1 + k, n), s1)
+            s2 = fma(v, load_part(flat, a2 + k, n), s2)
+            s3 = fma(v, load_part(flat, a3 + k, n), s3)
+        f32(y)[r3] = total(s3) * f32(scales)[r3]
+        f32(y)[r2] = total(s2) * f32(scales)[r2]
+        f32(y)[r1] = total(s1) * f32(scales)[r1]
         f32(y)[r] = total(s0) * f32(scales)[r]
 
 
 @part
-def _shrink_tile(y, max_rows, x, x_size, width, flat, offsets, scales, num_rows):
-    """As `_shrink_one` for TILE tokens: y [TILE, max_rows], x [TILE, x_size]."""
-    ys, full = f32(y), width // 16 * 16
-    x0, x1 = f32(x), f32(x + 4 * x_size)
-    x2, x3 = f32(x + 8 * x_size), f32(x + 12 * x_size)
-    for r in range(num_rows):
-        a = i64(offsets)[r]
-        s0, s1, s2, s3 = zero(), zero(), zero(), zero()
-        for k in range(0, full, 16):
-            row = load(flat, a + k)
-            s0, s1 = fma(load(x0, k), row, s0), fma(load(x1, k), row, s1)
-            s2, s3 = fma(load(x2, k), row, s2), fma(load(x3, k), row, s3)
-        if full < width:
-            row = load_part(flat, a + full, width - full)
-            s0, s1 = fma(load(x0, full), row, s0), fma(load(x1, full), row, s1)
-            s2, s3 = fma(load(x2, full), row, s2), fma(load(x3, full), row, s3)
-        scale = f32(scales)[r]
-        ys[r], ys[max_rows + r] = total(s0) * scale, total(s1) * scale
-        ys[2 * max_rows + r], ys[3 * max_rows + r] = total(s2) * scale, total(s3) * scale
+def _expand_one(out, at, width, y, flat, offsets, b_at, num_rows, coming, skip):
+    """out[at:][:width] += Σᵢ y[i] · bᵢ for one token, 64 columns at a time."""
+    ys, wide, whole = f32(y), width // 64 * 64, width // LINE * LINE
+    for c in range(0, wide, 64):
+        (e0, o0), (e1, o1) = load_pair(out, at + c), load_pair(out, at + c + LINE)
+        for r in range(num_rows):
+            b, n, v = i64(offsets)[r] + b_at + c, _row(coming, skip + r) + b_at + c, splat(ys[r])
+            prefetch(flat, n)
+            prefetch(flat, n + LINE)
+            even, odd = load_pair(flat, b)
+            e0, o0 = fma(v, even, e0), fma(v, odd, o0)
+            even, odd = load_pair(flat, b + LINE)
+            e1, o1 = fma(v, even, e1), fma(v, odd, o1)
+        store_pair(out, at + c, e0, o0)
+        store_pair(out, at + c + LINE, e1, o1)
+    for c in range(wide, whole, LINE):
+        e0, o0 = load_pair(out, at + c)
+        for r in range(num_rows):
+            v = splat(ys[r])
+            even, odd = load_pair(flat, i64(offsets)[r] + b_at + c)
+            e0, o0 = fma(v, even, e0), fma(v, odd, o0)
+        store_pair(out, at + c, e0, o0)
+    for c in range(whole, width, 16):
+        _expand_rest(out, at + c, ys, flat, offsets, b_at + c, num_rows, min(16, width - c))
 
 
 @part
-def _expand_one(out, at, width, sums, y, flat, offsets, b_at, num_rows):
-    """out[at:][:width] += Σᵢ y[i] · bᵢ, streaming four rows at a time over the sums."""
-    total_at, ys = f32(sums), f32(y)
-    full = width // 16 * 16
-    for c in range(0, width, 16):
-        store(total_at, c, load_part(out, at + c, min(16, width - c)))
-    whole = num_rows // 4 * 4
-    for r in range(0, whole, 4):
-        b0, b1 = i64(offsets)[r] + b_at, i64(offsets)[r + 1] + b_at
-        b2, b3 = i64(offsets)[r + 2] + b_at, i64(offsets)[r + 3] + b_at
-        y0, y1, y2, y3 = splat(ys[r]), splat(ys[r + 1]), splat(ys[r + 2]), splat(ys[r + 3])
-        last = num_rows - 1
-        n0, n1 = i64(offsets)[min(r + 4, last)] + b_at, i64(offsets)[min(r + 5, last)] + b_at
-        n2, n3 = i64(offsets)[min(r + 6, last)] + b_at, i64(offsets)[min(r + 7, last)] + b_at
-        for c in range(0, full, 16):
-            prefetch(flat, n0 + c)
-            prefetch(flat, n1 + c)
-            prefetch(flat, n2 + c)
-            prefetch(flat, n3 + c)
-            v = fma(y1, load(flat, b1 + c), fma(y0, load(flat, b0 + c), load(total_at, c)))
-            v = fma(y3, load(flat, b3 + c), fma(y2, load(flat, b2 + c), v))
-            store(total_at, c, v)
-        if full < width:
-            n = width - full
-            v = fma(y0, load_part(flat, b0 + full, n), load(total_at, full))
-            v = fma(y1, load_part(flat, b1 + full, n), v)
-            v = fma(y2, load_part(flat, b2 + full, n), v)
-            store(total_at, full, fma(y3, load_part(flat, b3 + full, n), v))
-    for r in range(whole, num_rows):
-        b, weight = i64(offsets)[r] + b_at, splat(ys[r])
-        for c in range(0, width, 16):
-            row = load_part(flat, b + c, min(16, width - c))
-            store(total_at, c, fma(weight, row, load(total_at, c)))
-    for c in range(0, width, 16):
-        store_part(out, at + c, load(total_at, c), min(16, width - c))
+def _expand_rest(out, at, ys, flat, offsets, b_at, num_rows, count):
+    """As `_expand_one` for the last columns, `count` ≤ 16 of them."""
+    v = load_part(out, at, count)
+    for r in range(num_rows):
+        v = fma(splat(ys[r]), load_part(flat, i64(offsets)[r] + b_at, count), v)
+    store_part(out, at, v, count)
+
+
+@part
+def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, num_rows):
+    """y[j, i] = scaleᵢ · (xⱼ · aᵢ) for TILE tokens of x, from x_at on, x_stride apart."""
+    ys, full = f32(y), width // 32 * 32
+    t1, t2, t3 = x_at + x_stride, x_at + 2 * x_stride, x_at + 3 * x_stride
+    for r in range(num_rows):
+        a = i64(offsets)[r]
+        s0, s1, s2, s3 = zero(), zero(), zero(), zero()
+        for k in range(0, full, 32):
+            s0 = fma_pairs(flat, a + k, x, x_at + k, s0)
+            s1 = fma_pairs(flat, a + k, x, t1 + k, s1)
+            s2 = fma_pairs(flat, a + k, x, t2 + k, s2)
+            s3 = fma_pairs(flat, a + k, x, t3 + k, s3)
+        for k in range(full, width, 16):
+            n = min(16, width - k)
+            row = load_part(flat, a + k, n)
+            s0 = fma(load_part(x, x_at + k, n), row, s0)
+            s1 = fma(load_part(x, t1 + k, n), row, s1)
+            s2 = fma(load_part(x, t2 + k, n), row, s2)
+            s3 = fma(load_part(x, t3 + k, n), row, s3)
+        scale = f32(scales)[r]
+        ys[r], ys[max_rows + r] = total(s0) * scale, total(s1) * scale
+        ys[2 * max_rows + r], ys[3 * max_rows + r] = total(s2) * scale, total(s3) * scale
 
 
 @part
@@ -131,52 +140,62 @@ def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_r
     """As `_expand_one` for TILE tokens, whose rows of out lie `stride` apart."""
     y0, y1 = f32(y), f32(y + 4 * max_rows)
     y2, y3 = f32(y + 8 * max_rows), f32(y + 12 * max_rows)
-    for c in range(0, width // 16 * 16, 16):
+    whole = width // LINE * LINE
+    for c in range(0, whole, LINE):
         p0, p1, p2, p3 = at + c, at + c + stride, at + c + 2 * stride, at + c + 3 * stride
-        s0, s1, s2, s3 = load(out, p0), load(out, p1), load(out, p2), load(out, p3)
+        (e0, o0), (e1, o1) = load_pair(out, p0), load_pair(out, p1)
+        (e2, o2), (e3, o3) = load_pair(out, p2), load_pair(out, p3)
         for r in range(num_rows):
-            b = load(flat, i64(offsets)[r] + b_at + c)
-            s0, s1 = fma(splat(y0[r]), b, s0), fma(splat(y1[r]), b, s1)
-            s2, s3 = fma(splat(y2[r]), b, s2), fma(splat(y3[r]), b, s3)
-        store(out, p0, s0)
-        store(out, p1, s1)
-        store(out, p2, s2)
-        store(out, p3, s3)
-    n, c = width % 16, width // 16 * 16
-    if n:
+            even, odd = load_pair(flat, i64(offsets)[r] + b_at + c)
+            v0, v1, v2, v3 = splat(y0[r]), splat(y1[r]), splat(y2[r]), splat(y3[r])
+            e0, o0, e1, o1 = (
+                fma(v0, even, e0),
+                fma(v0, odd, o0),
+                fma(v1, even, e1),
+                fma(v1, odd, o1),
+            )
+            e2, o2, e3, o3 = (
+                fma(v2, even, e2),
+                fma(v2, odd, o2),
+                fma(v3, even, e3),
+                fma(v3, odd, o3),
+            )
+        store_pair(out, p0, e0, o0)
+        store_pair(out, p1, e1, o1)
+        store_pair(out, p2, e2, o2)
+        store_pair(out, p3, e3, o3)
+    for c in range(whole, width, 16):
         for j in range(TILE):
-            place, ys = at + c + j * stride, f32(y + 4 * j * max_rows)
-            s0 = load_part(out, place, n)
-            for r in range(num_rows):
-                s0 = fma(splat(ys[r]), load_part(flat, i64(offsets)[r] + b_at + c, n), s0)
-            store_part(out, place, s0, n)
+            _expand_rest(
+                out, at + c + j * stride, f32(y + 4 * j * max_rows), flat, offsets, b_at + c,
+                num_rows, min(16, width - c),
+            )  # fmt: skip
 
 
 @part
 def _add_adapter(
-    out, out_stride, x, x_stride, width, flat, token, count, row_ptr, offsets, scales, span, scratch
-):
+    out, out_stride, x, x_stride, width, flat, token, count, row_ptr, offsets, scales, span, coming,
+    scratch,
+):  # fmt: skip
     """Add one slot's adapter to tokens token .. token + count, count ≤ TILE.
 
     row_ptr: address of the slot's entry for the span's first target; span: address and number of
-    targets of out_start; scratch: addresses of x [TILE, x_size], y [TILE, max_rows] and sums.
+    targets of out_start; coming: the rows that the worker reads next; scratch: address of y
+    [TILE, max_rows], and max_rows.
     """
     out_start, num_targets = span
-    xs, x_size, y, max_rows, sums = scratch
+    y, max_rows = scratch
     first = i32(row_ptr)[0]
     num_rows = i32(row_ptr)[num_targets] - first
     if num_rows == 0:
         return
-    for j in range(count):
-        for i in range(0, width, 16):
-            v = load_part(x, (token + j) * x_stride + i, min(16, width - i))
-            store(f32(xs), j * x_size + i, v)
-    a, s = offsets + 8 * first, scales + 4 * first
+    a, s, x_at = offsets + 8 * first, scales + 4 * first, token * x_stride
     if count == TILE:
-        _shrink_tile(y, max_rows, xs, x_size, width, flat, a, s, num_rows)
+        _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, a, s, num_rows)
     else:
         for j in range(count):
-            _shrink_one(y + 4 * j * max_rows, xs + 4 * j * x_size, width, flat, a, s, num_rows)
+            yj, xj = y + 4 * j * max_rows, x_at + j * x_stride
+            _shrink_one(yj, x, xj, width, flat, a, s, num_rows, coming)
     b_at = (width + 7) // 8 * 8
     for t in range(num_targets):
         skip = i32(row_ptr)[t] - first
@@ -184,23 +203,33 @@ def _add_adapter(
         at = token * out_stride + i32(out_start)[t]
         columns = i32(out_start)[t + 1] - i32(out_start)[t]
         yt, bt = y + 4 * skip, a + 8 * skip
-        if rows == 0:
-            continue
         if count == TILE:
             _expand_tile(out, at, out_stride, columns, yt, max_rows, flat, bt, b_at, rows)
         else:
             for j in range(count):
                 place, yj = at + j * out_stride, yt + 4 * j * max_rows
-                _expand_one(out, place, columns, sums, yj, flat, bt, b_at, rows)
+                _expand_one(out, place, columns, yj, flat, bt, b_at, rows, coming, skip)
 
 
-def scratch_elements(in_features: int, max_columns: int, max_rows: int) -> int:
-    """Elements of fp32 scratch that a worker needs: x and y of a tile, the sums of one token."""
-    return TILE * (_padded(in_features) + _padded(max_rows)) + _padded(max_columns)
+def scratch_elements(max_rows: int) -> int:
+    """Elements of fp32 scratch that a worker needs: y of a tile."""
+    return TILE * _padded(max_rows)
 
 
 def _padded(count: int) -> int:
     return -(-count // 16) * 16
+
+
+@part
+def _coming(
+    next_segment, segment, num_segments, segment_slot, row_ptr, ptr_stride, first, num_targets,
+    row_offset, table_stride,
+):  # fmt: skip
+    """The rows of the span that come after this segment's: address of their offsets, how many."""
+    index = next_segment if next_segment < num_segments else segment
+    slot = np.int64(i32(segment_slot)[index])
+    ptr = i32(row_ptr + 4 * (slot * ptr_stride + first))
+    return row_offset + 8 * (slot * table_stride + ptr[0]), np.int64(ptr[num_targets] - ptr[0])
 
 
 @kernel
@@ -234,11 +263,9 @@ def add_adapters(
     Tiles go to workers in turn, since neighbours are likely to be of the same rank.
     """
     for worker in prange(num_workers):
-        x_size = (width + 15) // 16 * 16
         y_size = (max_rows + 15) // 16 * 16
-        xs = scratch + 4 * worker * scratch_size
-        y = xs + 4 * TILE * x_size
-        room = (xs, x_size, y, y_size, y + 4 * TILE * y_size)
+        y = scratch + 4 * worker * scratch_size
+        room = (y, y_size)
         span = (out_start, num_targets)
         tile = 0
         for segment in range(num_segments):
@@ -252,7 +279,11 @@ def add_adapters(
                 if tile % num_workers != worker:
                     continue
                 count = min(TILE, stop - token)
+                coming = _coming(
+                    segment + (1 if stop - token > TILE else num_workers), segment, num_segments,
+                    segment_slot, row_ptr, ptr_stride, first, num_targets, row_offset, table_stride,
+                )  # fmt: skip
                 _add_adapter(
                     elements(out, kind), out_stride, elements(x, kind), x_stride, width,
-                    elements(flat, kind), token, count, ptr, offsets, scales, span, room,
+                    elements(flat, kind), token, count, ptr, offsets, scales, span, coming, room,
                 )  # fmt: skip

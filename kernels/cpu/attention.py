@@ -5,8 +5,9 @@ heads of the group: rows r = token · group + head. In decode the few rows take 
 keys as they lie in their pages. In prefill a round of keys is widened and transposed once and
 serves all rows of the tile by outer products, four rows at a time.
 
-Scratch is fp32 and passed as addresses: q and acc [rows, padded], m and l [rows], s [4, KEYS]; the
-head size is padded with zeros to a multiple of 16.
+Scratch is fp32 and passed as addresses: q and acc [rows, padded], m and l [rows], s [4, KEYS], in
+decode [rows, KEYS] and the places of the keys; the head size is padded with zeros to a multiple of
+16.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from kernels.cpu.simd import (
     exp,
     f32,
     fma,
+    fma_pairs,
     i32,
+    i64,
     largest,
     load,
+    load_pair,
     load_part,
     maximum,
     mul,
     prefetch,
     splat,
     store,
+    store_pair,
     store_part,
     sub,
     total,
@@ -107,6 +112,44 @@ def _key_at(table, token, page_stride, block_size, width):
 
 
 @part
+def _score_keys(s, qkv, q_at, kv, places, begin, count, group, dim, rows, width, scale, values_at):
+    """s[r, j] = scale · q[r] · k[j] for keys begin .. count; asks for keys and values AHEAD."""
+    full = dim // LINE * LINE
+    for j in range(begin, count):
+        at, ahead = i64(places)[j], i64(places)[j + AHEAD]
+        for i in range(0, width, LINE):
+            prefetch(kv, ahead + i)
+            prefetch(kv, ahead + values_at + i)
+        for r in range(rows):
+            key, query, sums = at + r // group * dim, q_at + r * dim, zero()
+            for i in range(0, full, LINE):
+                sums = fma_pairs(kv, key + i, qkv, query + i, sums)
+            for i in range(full, dim, 16):
+                n = min(16, dim - i)
+                sums = fma(load_part(kv, key + i, n), load_part(qkv, query + i, n), sums)
+            f32(s)[r * KEYS + j] = total(sums) * scale
+
+
+@part
+def _add_values(acc, s, kv, places, begin, count, at, dim):
+    """acc += Σⱼ s[j] · values[j] for one row; acc in the order of `load_pair`."""
+    full, weights, sums = dim // LINE * LINE, f32(s), f32(acc)
+    for i in range(0, full, LINE):
+        even, odd = load(sums, i), load(sums, i + 16)
+        for j in range(begin, count):
+            weight = splat(weights[j])
+            e, o = load_pair(kv, i64(places)[j] + at + i)
+            even, odd = fma(weight, e, even), fma(weight, o, odd)
+        store(sums, i, even)
+        store(sums, i + 16, odd)
+    for i in range(full, dim, 16):
+        n, v = min(16, dim - i), load(sums, i)
+        for j in range(begin, count):
+            v = fma(splat(weights[j]), load_part(kv, i64(places)[j] + at + i, n), v)
+        store(sums, i, v)
+
+
+@part
 def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, heads, scratch):
     """The KV heads first .. first + count of one sequence with one query, heads = (first, count).
 
@@ -114,48 +157,35 @@ def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, heads, sc
     """
     group, dim, padded, page_stride, block_size, width, scale = shape
     first_head, num_heads = heads
-    q, m, l, acc, s = scratch
-    rows, full = num_heads * group, dim // 16 * 16
+    m, l, acc, s, places = scratch
+    rows, full = num_heads * group, dim // LINE * LINE
     head_at, values_at = first_head * dim, block_size * width
-    _begin_rows(q, m, l, acc, qkv, q_at + head_at * group, 0, dim, padded, rows, rows, scale)
+    for r in range(rows):
+        f32(m)[r], f32(l)[r] = MASKED, np.float32(0.0)
+        for i in range(0, padded, 16):
+            store(f32(acc), r * padded + i, zero())
     for first in range(low // KEYS * KEYS, length, KEYS):
-        count = min(KEYS, length - first)
-        begin = max(0, low - first)
-        for j in range(begin, count):
-            at = _key_at(table, first + j, page_stride, block_size, width) + head_at
-            ahead = _key_at(
-                table, min(first + j + AHEAD, length - 1), page_stride, block_size, width
-            )
-            for i in range(head_at, head_at + num_heads * dim, LINE):
-                prefetch(kv, ahead + i)
-                prefetch(kv, ahead + values_at + i)
-            for r in range(rows):
-                key_at, sums = at + r // group * dim, zero()
-                for i in range(0, full, 16):
-                    sums = fma(load(f32(q), r * padded + i), load(kv, key_at + i), sums)
-                if full < dim:
-                    key = load_part(kv, key_at + full, dim - full)
-                    sums = fma(load(f32(q), r * padded + full), key, sums)
-                f32(s)[r * KEYS + j] = total(sums)
+        count, begin = min(KEYS, length - first), max(0, low - first)
+        for j in range(begin, count + AHEAD):
+            token = min(first + j, length - 1)
+            i64(places)[j] = _key_at(table, token, page_stride, block_size, width) + head_at
+        _score_keys(
+            s, qkv, q_at + head_at * group, kv, places, begin, count, group, dim, rows,
+            num_heads * dim, scale, values_at,
+        )  # fmt: skip
         for r in range(rows):
-            row = acc + 4 * r * padded
-            _to_weights(s + 4 * r * KEYS, m + 4 * r, l + 4 * r, row, padded, begin, count)
-        for j in range(begin, count):
-            at = _key_at(table, first + j, page_stride, block_size, width) + head_at + values_at
-            for r in range(rows):
-                weight, row, value_at = (
-                    splat(f32(s)[r * KEYS + j]),
-                    r * padded,
-                    at + r // group * dim,
-                )
-                for i in range(0, full, 16):
-                    v = fma(weight, load(kv, value_at + i), load(f32(acc), row + i))
-                    store(f32(acc), row + i, v)
-                if full < dim:
-                    v = load_part(kv, value_at + full, dim - full)
-                    v = fma(weight, v, load(f32(acc), row + full))
-                    store(f32(acc), row + full, v)
-    _end_rows(out, out_at + head_at * group, 0, l, acc, dim, padded, rows, rows)
+            row, weights = acc + 4 * r * padded, s + 4 * r * KEYS
+            _to_weights(weights, m + 4 * r, l + 4 * r, row, padded, begin, count)
+            at = values_at + r // group * dim
+            _add_values(row, weights, kv, places, begin, count, at, dim)
+    for r in range(rows):
+        at, row = out_at + (head_at * group + r * dim), acc + 4 * r * padded
+        share = splat(np.float32(1.0) / f32(l)[r])
+        for i in range(0, full, LINE):
+            even, odd = mul(load(f32(row), i), share), mul(load(f32(row), i + 16), share)
+            store_pair(out, at + i, even, odd)
+        for i in range(full, dim, 16):
+            store_part(out, at + i, mul(load(f32(row), i), share), min(16, dim - i))
 
 
 @part
@@ -255,7 +285,8 @@ def scratch_elements(num_heads: int, num_kv_heads: int, dim: int) -> int:
     padded = -(-dim // 16) * 16
     tile_rows = -(-QUERIES * (num_heads // num_kv_heads) // 4) * 4
     tile = 2 * tile_rows * (padded + 1) + 4 * KEYS + 2 * padded * KEYS + padded
-    return max(num_heads * (2 * padded + 2 + KEYS), tile) // 16 * 16 + 16
+    places = 2 * (KEYS + AHEAD)
+    return max(num_heads * (padded + 2 + KEYS) + places, tile) // 16 * 16 + 16
 
 
 @kernel
@@ -274,11 +305,10 @@ def decode(
     items_each = num_kv_heads // heads_each
     rows = heads_each * group
     for worker in prange(num_workers):
-        q = scratch + 4 * worker * scratch_size
-        acc = q + 4 * rows * padded
+        acc = scratch + 4 * worker * scratch_size
         s = acc + 4 * rows * padded
         m = s + 4 * rows * KEYS
-        room = (q, m, m + 4 * rows, acc, s)
+        room = (m, m + 4 * rows, acc, s, (m + 8 * rows + 7) // 8 * 8)
         for item in range(worker, num_sequences * items_each, num_workers):
             sequence = np.int64(i32(sequences)[item // items_each])
             heads = (item % items_each * heads_each, heads_each)

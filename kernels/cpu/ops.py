@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import numpy as np
 import torch
@@ -140,13 +139,11 @@ def add_adapters(
     if not index.max_segment or not index.max_span_rows:
         return
     _check_rows(out, x, storage, span)
-    out_start, max_columns = _columns(span.out_start)
+    out_start = _out_start(span)
     num_workers = workers()
     # Not made in the kernel: numba frees an array after its last use by name, whoever still has
     # its address.
-    scratch = torch.empty(
-        num_workers, adapters.scratch_elements(x.shape[1], max_columns, index.max_span_rows)
-    )
+    scratch = torch.empty(num_workers, adapters.scratch_elements(index.max_span_rows))
     adapters.add_adapters(
         KINDS[storage.dtype],
         out.data_ptr(),
@@ -174,9 +171,8 @@ def add_adapters(
 
 
 @functools.lru_cache
-def _columns(out_start: tuple[int, ...]) -> tuple[Tensor, int]:
-    widths = [stop - start for start, stop in itertools.pairwise(out_start)]
-    return torch.tensor(out_start, dtype=torch.int32), max(widths)
+def _out_start(span: TargetSpan) -> Tensor:
+    return torch.tensor(span.out_start, dtype=torch.int32)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -8,6 +8,7 @@ name (macOS, Windows), numba chooses its own threading layer.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import torch
 
@@ -70,3 +72,10 @@ def part(function: Callable[..., Any]) -> Any:
 def workers() -> int:
     """How many threads a kernel may use: as many as torch."""
     return torch.get_num_threads()
+
+
+@functools.cache
+def has_features(*names: str) -> bool:
+    """Whether this machine's processor has all of these instruction sets, by LLVM's names."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in names)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
@@ -22,6 +23,8 @@ LINE = 32
 """Elements of bf16 in a cache line of 64 bytes: the distance between prefetches."""
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 """Floating-point freedoms of the kernels: sums may be reordered; NaN and Inf keep their meaning."""
+
+_HOST_MULTIPLIES_BF16 = bool(get_host_cpu_features().get("avx512bf16", False))
 
 _FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -104,15 +107,23 @@ def _widen(builder: Any, halves: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(halves, _BITS), shift), _VECTOR)
 
 
-def _round(builder: Any, vector: Any) -> Any:
-    """fp32 to bf16 bits, to nearest, ties to even; NaN stays NaN."""
+def _rounded(builder: Any, vector: Any) -> Any:
+    """The bits of fp32 rounded to bf16, to nearest, ties to even, in the upper halves of int32.
+
+    NaN stays NaN. The lower halves are arbitrary.
+    """
     bits = builder.bitcast(vector, _BITS)
     constant = lambda value: ir.Constant(_BITS, [value] * LANES)  # noqa: E731
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
     is_nan = builder.fcmp_unordered("uno", vector, vector)
-    safe = builder.select(is_nan, constant(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(safe, constant(16)), _HALVES)
+    return builder.select(is_nan, constant(0x7FC00000), rounded)
+
+
+def _round(builder: Any, vector: Any) -> Any:
+    """fp32 to bf16 bits."""
+    upper = builder.lshr(_rounded(builder, vector), ir.Constant(_BITS, [16] * LANES))
+    return builder.trunc(upper, _HALVES)
 
 
 def _element_pointer(builder: Any, pointer: Any, index: Any, vector: Any) -> Any:
@@ -197,13 +208,63 @@ def store_part(typingctx: Any, pointer: Any, index: Any, vector: Any, count: Any
 
 
 @intrinsic
+def load_pair(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """The 32 lanes from `index` on as two vectors: for bf16 the even ones and the odd ones.
+
+    Two operations widen all of them so. For fp32 the vectors are the first and the second half;
+    `store_pair` is the inverse of either.
+    """
+    half = _is_bf16(pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if half:
+            source = _element_pointer(builder, args[0], args[1], _BITS)
+            bits = builder.load(source, align=2)
+            low = builder.shl(bits, ir.Constant(_BITS, [16] * LANES))
+            high = builder.and_(bits, ir.Constant(_BITS, [0xFFFF0000] * LANES))
+            parts = [builder.bitcast(part, _VECTOR) for part in (low, high)]
+        else:
+            second = builder.add(args[1], ir.Constant(ir.IntType(64), LANES))
+            parts = [
+                builder.load(_element_pointer(builder, args[0], at, _VECTOR), align=4)
+                for at in (args[1], second)
+            ]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(f32x16, 2)(pointer, types.int64), codegen
+
+
+@intrinsic
+def store_pair(typingctx: Any, pointer: Any, index: Any, first: Any, second: Any) -> Any:
+    """Put back what `load_pair` gave, rounded."""
+    half = _is_bf16(pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if half:
+            sixteen = ir.Constant(_BITS, [16] * LANES)
+            low = builder.lshr(_rounded(builder, args[2]), sixteen)
+            high = builder.and_(
+                _rounded(builder, args[3]), ir.Constant(_BITS, [0xFFFF0000] * LANES)
+            )
+            target = _element_pointer(builder, args[0], args[1], _BITS)
+            builder.store(builder.or_(low, high), target, align=2)
+        else:
+            other = builder.add(args[1], ir.Constant(ir.IntType(64), LANES))
+            for at, value in ((args[1], args[2]), (other, args[3])):
+                builder.store(value, _element_pointer(builder, args[0], at, _VECTOR), align=4)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, f32x16, f32x16), codegen
+
+
+@intrinsic
 def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
     """Ask for the cache line of pointer[index]; a hint, harmless at any address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = builder.gep(args[0], [args[1]])
         # for reading, to be kept in all caches, data
-        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+        hints = [ir.Constant(_I32, value) for value in (0, 2, 1)]
         _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *hints])
         return context.get_dummy_value()
 
@@ -228,6 +289,55 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         return _call(builder, "llvm.fma.v16f32", _VECTOR, list(args))
 
     return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+_PAIRS = ir.VectorType(BFloat(), 2 * LANES)
+
+
+@intrinsic
+def fma_pairs(typingctx: Any, a: Any, i: Any, b: Any, j: Any, sums: Any) -> Any:
+    """Sums plus the 32 products a[i .. i + 32] · b[j .. j + 32], two in each lane; a and b alike.
+
+    bf16 by one instruction where the processor has it; which lane takes which product differs
+    without it.
+    """
+    native = _is_bf16(a) and _HOST_MULTIPLIES_BF16
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a_at, first, b_at, second, total_ = args
+        if native:
+            x, y = (
+                builder.load(_element_pointer(builder, at, index, _PAIRS), align=2)
+                for at, index in ((a_at, first), (b_at, second))
+            )
+            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VECTOR, [total_, x, y])
+        half = _is_bf16(a)
+        kind = _HALVES if half else _VECTOR
+        for lanes in (0, LANES):
+            skip = ir.Constant(ir.IntType(64), lanes)
+            x, y = (
+                builder.load(_element_pointer(builder, at, builder.add(index, skip), kind), align=2)
+                for at, index in ((a_at, first), (b_at, second))
+            )
+            if half:
+                x, y = _widen(builder, x), _widen(builder, y)
+            total_ = _call(builder, "llvm.fma.v16f32", _VECTOR, [x, y, total_])
+        return total_
+
+    return f32x16(a, types.int64, b, types.int64, f32x16), codegen
 
 
 def _binary(name: str) -> Any:
@@ -276,7 +386,9 @@ def largest(typingctx: Any, a: Any) -> Any:
 
 
 @intrinsic
-def _round_to_int(typingctx: Any, a: Any) -> Any:
+def round_to_int(typingctx: Any, a: Any) -> Any:
+    """The nearest whole numbers, ties to even."""
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _call(builder, "llvm.rint.v16f32", _VECTOR, [args[0]])
 
@@ -309,7 +421,7 @@ def exp(x: Any) -> Any:
     """
     x = maximum(x, splat(np.float32(-87.0)))
     x = sub(zero(), maximum(sub(zero(), x), splat(np.float32(-88.0))))
-    n = _round_to_int(mul(x, splat(np.float32(1.44269504088896341))))
+    n = round_to_int(mul(x, splat(np.float32(1.44269504088896341))))
     r = fma(n, splat(np.float32(-0.693359375)), x)
     r = fma(n, splat(np.float32(2.12194440e-4)), r)
     p = splat(np.float32(1.9875691500e-4))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from adapters_store.layout import TARGET_PATHS
-from kernels.layout import TargetSpan
+from kernels.layout import RowReads, TargetSpan
 from server.model.linear import Linear
 from server.model.rope import cos_sin_table
 
@@ -106,7 +106,7 @@ class Decoder:
         x, residual = x[step.logit_rows], residual[step.logit_rows]  # [N, hidden]
         if x.shape[0] == 0:
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float)
-        return self._head.forward(kernels.add_rms_norm(x, residual, self._norm, eps)).float()
+        return self._head.forward(kernels.add_rms_norm(x, residual, self._norm, eps), torch.float)
 
     def _attend(self, layer: _Layer, x: Tensor, kv_cache: Tensor, step: StepInput) -> Tensor:
         """o(attention(qkv(x))): [T, hidden] to [T, hidden]."""
@@ -132,9 +132,11 @@ class Decoder:
 
     def _project(self, linear: Linear, span: TargetSpan, x: Tensor, step: StepInput) -> Tensor:
         """W x + b + ΔW[slot] x of every token: [T, in_features] to [T, out_features]."""
-        out = linear.forward(x)
-        if step.adapters.max_segment > 0:
-            self._kernels.add_adapters(out, x, step.storage, step.rows, step.adapters, span)
+        if step.adapters.max_segment == 0:
+            return linear.forward(x)
+        reads = RowReads(step.storage, step.rows, step.adapters, span, x.shape[1])
+        out = linear.forward(x, reads=reads)
+        self._kernels.add_adapters(out, x, step.storage, step.rows, step.adapters, span)
         return out
 
     def _kv_caches(self, storage: Tensor) -> Tensor:

@@ -53,12 +53,18 @@ def test_takes_strided_rows():
     assert torch.equal(linear.forward(wide[:, :40]), linear.forward(x))
 
 
-def test_a_packed_weight_is_not_kept_twice():
-    weight = torch.randn(8, 8).bfloat16()
-    linear = Linear(weight)
-    kept = [value for value in vars(linear).values() if isinstance(value, torch.Tensor)]
-    assert len(kept) == 1
-    assert kept[0].is_mkldnn == linear.is_packed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_is_rounded_once_to_the_dtype_that_is_asked_for(dtype):
+    weight, bias, x = random_case(96, 64, 5, dtype)
+    linear = Linear(weight, bias)
+    found = linear.forward(x, torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.to(dtype), linear.forward(x))
+
+
+def test_int8_is_refused_where_it_cannot_be_multiplied():
+    with pytest.raises(ValueError, match="int8 weights are made of bfloat16"):
+        Linear(torch.zeros(4, 4), int8=True)
 
 
 def test_shapes_that_do_not_match_are_refused():
