@@ -112,6 +112,20 @@ def _key_at(table, token, page_stride, block_size, width):
 
 
 @part
+def find_places(places, table, first, count, length, page_stride, block_size, width, at):
+    """places[j] = at + the element where the keys of token min(first + j, length - 1) begin."""
+    block, offset = first // block_size, first % block_size
+    page = np.int64(i32(table)[block]) * page_stride + at
+    for j in range(count):
+        i64(places)[j] = page + offset * width
+        if first + j + 1 < length:
+            offset += 1
+            if offset == block_size:
+                block, offset = block + 1, 0
+                page = np.int64(i32(table)[block]) * page_stride + at
+
+
+@part
 def _score_keys(s, qkv, q_at, kv, places, begin, count, group, dim, rows, width, scale, values_at):
     """s[r, j] = scale · q[r] · k[j] for keys begin .. count; asks for keys and values AHEAD."""
     full = dim // LINE * LINE
@@ -166,9 +180,9 @@ def _decode_one(out, out_at, qkv, q_at, kv, table, length, low, shape, heads, sc
             store(f32(acc), r * padded + i, zero())
     for first in range(low // KEYS * KEYS, length, KEYS):
         count, begin = min(KEYS, length - first), max(0, low - first)
-        for j in range(begin, count + AHEAD):
-            token = min(first + j, length - 1)
-            i64(places)[j] = _key_at(table, token, page_stride, block_size, width) + head_at
+        find_places(
+            places, table, first, count + AHEAD, length, page_stride, block_size, width, head_at
+        )
         _score_keys(
             s, qkv, q_at + head_at * group, kv, places, begin, count, group, dim, rows,
             num_heads * dim, scale, values_at,

@@ -193,3 +193,29 @@ def store_int8(typingctx: Any, address: Any, index: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, f32x16), codegen
+
+
+@intrinsic
+def store_interleaved(
+    typingctx: Any, address: Any, index: Any, pointer: Any, first: Any, second: Any
+) -> Any:
+    """bf16 pairs (pointer[first + n], pointer[second + n]), n < 16, to int32 address[index + n]."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, place, source, low_at, high_at = args
+        halves, lanes = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(_I32, LANES)
+        low, high = (
+            builder.zext(
+                builder.load(
+                    builder.bitcast(builder.gep(source, [at]), halves.as_pointer()), align=2
+                ),
+                lanes,
+            )
+            for at in (low_at, high_at)
+        )
+        pairs = builder.or_(low, builder.shl(high, ir.Constant(lanes, [16] * LANES)))
+        offset = builder.mul(place, _integer(4))
+        builder.store(pairs, _pointer(builder, target, offset, lanes), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, pointer, types.int64, types.int64), codegen

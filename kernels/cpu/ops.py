@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu import activation, adapters, attention, norm, rope
-from kernels.cpu.runtime import workers
+from kernels.cpu import activation, adapters, attention, norm, prefill, rope
+from kernels.cpu.runtime import has_features, workers
 from kernels.layout import AdapterIndex, AttentionIndex, RankRows, TargetSpan
+
+CACHE_LINE = 64
 
 KINDS: dict[torch.dtype, np.generic] = {
     torch.float32: np.float32(0),
@@ -93,37 +95,37 @@ def paged_attention(
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
     num_workers = workers()
-    scratch = torch.empty(
-        num_workers, attention.scratch_elements(num_heads, num_kv_heads, head_dim)
-    )
-    for function, sequences in (
-        (attention.decode, index.decode),
-        (attention.prefill, index.prefill),
-    ):
+    where = (
+        kind, out.data_ptr(), qkv.data_ptr(), qkv.shape[1], num_heads, num_kv_heads, head_dim,
+        kv_cache.data_ptr(), page_stride, block_size,
+    )  # fmt: skip
+    steps = (
+        index.query_start.data_ptr(), index.context_len.data_ptr(), index.block_table.data_ptr(),
+        index.block_table.shape[1], scale, window,
+    )  # fmt: skip
+    has_pairs = qkv.dtype == torch.bfloat16 and has_features("avx512bf16")
+    if has_pairs and prefill.can_attend(head_dim) and len(index.prefill):
+        size = prefill.scratch_bytes_for(num_heads // num_kv_heads, head_dim)
+        scratch = torch.empty(num_workers * size + CACHE_LINE, dtype=torch.uint8)
+        address = -(-scratch.data_ptr() // CACHE_LINE) * CACHE_LINE
+        # Few queries: smaller tiles, so that every worker has some.
+        num_queries = qkv.shape[0] - len(index.decode)
+        each = min(max(-(-num_queries // num_workers), 8), prefill.QUERIES)
+        prefill.prefill(
+            *where, index.prefill.data_ptr(), len(index.prefill), *steps, address, size, each,
+            num_workers,
+        )  # fmt: skip
+        functions = [(attention.decode, index.decode)]
+    else:
+        functions = [(attention.decode, index.decode), (attention.prefill, index.prefill)]
+    elements = attention.scratch_elements(num_heads, num_kv_heads, head_dim)
+    scratch = torch.empty(num_workers, elements)
+    for function, sequences in functions:
         if len(sequences):
             function(
-                kind,
-                out.data_ptr(),
-                qkv.data_ptr(),
-                qkv.shape[1],
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                kv_cache.data_ptr(),
-                page_stride,
-                block_size,
-                sequences.data_ptr(),
-                len(sequences),
-                index.query_start.data_ptr(),
-                index.context_len.data_ptr(),
-                index.block_table.data_ptr(),
-                index.block_table.shape[1],
-                scale,
-                window,
-                scratch.data_ptr(),
-                scratch.shape[1],
+                *where, sequences.data_ptr(), len(sequences), *steps, scratch.data_ptr(), elements,
                 num_workers,
-            )
+            )  # fmt: skip
     return out
 
 
