@@ -111,14 +111,15 @@ def _expand_rest(out, at, ys, flat, offsets, b_at, num_rows, count):
 
 
 @part
-def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, num_rows):
+def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, num_rows, coming):
     """y[j, i] = scaleᵢ · (xⱼ · aᵢ) for TILE tokens of x, from x_at on, x_stride apart."""
     ys, full = f32(y), width // 32 * 32
     t1, t2, t3 = x_at + x_stride, x_at + 2 * x_stride, x_at + 3 * x_stride
     for r in range(num_rows):
-        a = i64(offsets)[r]
+        a, n = i64(offsets)[r], _row(coming, r)
         s0, s1, s2, s3 = zero(), zero(), zero(), zero()
-        for k in range(0, full, 32):
+        for k in range(0, full, LINE):
+            prefetch(flat, n + k)
             s0 = fma_pairs(flat, a + k, x, x_at + k, s0)
             s1 = fma_pairs(flat, a + k, x, t1 + k, s1)
             s2 = fma_pairs(flat, a + k, x, t2 + k, s2)
@@ -136,7 +137,7 @@ def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, n
 
 
 @part
-def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows):
+def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows, coming, skip):
     """As `_expand_one` for TILE tokens, whose rows of out lie `stride` apart."""
     y0, y1 = f32(y), f32(y + 4 * max_rows)
     y2, y3 = f32(y + 8 * max_rows), f32(y + 12 * max_rows)
@@ -146,6 +147,7 @@ def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_r
         (e0, o0), (e1, o1) = load_pair(out, p0), load_pair(out, p1)
         (e2, o2), (e3, o3) = load_pair(out, p2), load_pair(out, p3)
         for r in range(num_rows):
+            prefetch(flat, _row(coming, skip + r) + b_at + c)
             even, odd = load_pair(flat, i64(offsets)[r] + b_at + c)
             v0, v1, v2, v3 = splat(y0[r]), splat(y1[r]), splat(y2[r]), splat(y3[r])
             e0, o0, e1, o1 = (
@@ -191,7 +193,7 @@ def _add_adapter(
         return
     a, s, x_at = offsets + 8 * first, scales + 4 * first, token * x_stride
     if count == TILE:
-        _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, a, s, num_rows)
+        _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, a, s, num_rows, coming)
     else:
         for j in range(count):
             yj, xj = y + 4 * j * max_rows, x_at + j * x_stride
@@ -204,7 +206,9 @@ def _add_adapter(
         columns = i32(out_start)[t + 1] - i32(out_start)[t]
         yt, bt = y + 4 * skip, a + 8 * skip
         if count == TILE:
-            _expand_tile(out, at, out_stride, columns, yt, max_rows, flat, bt, b_at, rows)
+            _expand_tile(
+                out, at, out_stride, columns, yt, max_rows, flat, bt, b_at, rows, coming, skip
+            )
         else:
             for j in range(count):
                 place, yj = at + j * out_stride, yt + 4 * j * max_rows
@@ -279,9 +283,16 @@ def add_adapters(
                 if tile % num_workers != worker:
                     continue
                 count = min(TILE, stop - token)
+                # the worker's next tile: in this segment, in the next one, or past the others'
+                if stop - token > TILE * num_workers:
+                    following = segment
+                elif token > i32(segment_start)[segment]:
+                    following = segment + 1
+                else:
+                    following = segment + num_workers
                 coming = _coming(
-                    segment + (1 if stop - token > TILE else num_workers), segment, num_segments,
-                    segment_slot, row_ptr, ptr_stride, first, num_targets, row_offset, table_stride,
+                    following, segment, num_segments, segment_slot, row_ptr, ptr_stride, first,
+                    num_targets, row_offset, table_stride,
                 )  # fmt: skip
                 _add_adapter(
                     elements(out, kind), out_stride, elements(x, kind), x_stride, width,

@@ -190,4 +190,5 @@ def _combine_splits_kernel(
             top = new_top
     token = tl.load(query_start_ptr + sequence).to(tl.int64)
     out_row_ptr = out_ptr + (token * NUM_HEADS + head) * HEAD_DIM
-    tl.store(out_row_ptr + column, (acc / total).to(out_ptr.dtype.element_ty))
+    result = acc / tl.where(total == 0.0, 1.0, total)  # a padding sequence has no context: 0
+    tl.store(out_row_ptr + column, result.to(out_ptr.dtype.element_ty))

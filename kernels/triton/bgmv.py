@@ -2,34 +2,34 @@
 
 # mypy: disable-error-code="untyped-decorator"
 
-from itertools import pairwise
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.layout import AdapterIndex, RankRows, TargetSpan, aligned
-from kernels.triton.launch import MAX_VECTOR, cdiv, next_power_of_2
+from kernels.triton.launch import MAX_VECTOR, cdiv
 from kernels.triton.span import UNSPECIALIZED, find_column_block, num_column_blocks
-
-BLOCK_ROWS = 4  # rank rows of a program of shrink: few, so that few tokens still fill the GPU
-BLOCK_INPUTS = 512
-BLOCK_OUTPUTS = 512
-EXPAND_ROWS = 8  # rank rows that a program of expand has in flight
+from kernels.triton.tiles import MAX_SPLITS, Tiling
 
 
 def bgmv_shrink(
-    y: Tensor, x: Tensor, storage: Tensor, rows: RankRows, index: AdapterIndex, span: TargetSpan
+    y: Tensor,
+    x: Tensor,
+    storage: Tensor,
+    rows: RankRows,
+    index: AdapterIndex,
+    span: TargetSpan,
+    tiling: Tiling,
 ) -> None:
     """y[s, t, i] = the part of x[num_base + t] · aᵢ that lies in split s of the inputs.
 
     x [T, I]; y [num_splits, T - num_base, max_span_rows] fp32, of which the entries past a
-    slot's rows stay as they are; the sum over s is what `kernels.reference.adapter_shrink`
-    returns. (Punica, arXiv:2310.18547, sec. 4)
+    slot's rows, and of tokens with slot -1, stay as they are; the sum over s is what
+    `kernels.reference.adapter_shrink` returns. (Punica, arXiv:2310.18547, sec. 4)
     """
-    num_splits, num_tokens, max_span_rows = y.shape
-    block = min(next_power_of_2(x.shape[1]), BLOCK_INPUTS)
-    _bgmv_shrink_kernel[(num_tokens, cdiv(max_span_rows, BLOCK_ROWS), num_splits)](
+    num_splits, num_tokens, _ = y.shape
+    tile = tiling.shrink
+    _bgmv_shrink_kernel[(num_tokens, tiling.row_programs, num_splits)](
         y,
         x,
         storage,
@@ -38,7 +38,7 @@ def bgmv_shrink(
         index.token_slot,
         index.num_base,
         span.first,
-        cdiv(cdiv(x.shape[1], block), num_splits),
+        cdiv(cdiv(x.shape[1], tile.columns), num_splits),
         x.stride(0),
         y.stride(0),
         y.stride(1),
@@ -46,9 +46,9 @@ def bgmv_shrink(
         rows.row_offset.stride(0),
         IN_FEATURES=x.shape[1],
         NUM_TARGETS=len(span.out_start) - 1,
-        BLOCK_R=BLOCK_ROWS,
-        BLOCK_I=block,
-        num_warps=4 if block >= 512 else 2,
+        BLOCK_R=tile.rows,
+        BLOCK_I=tile.columns,
+        num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )
 
@@ -61,15 +61,15 @@ def bgmv_expand(
     index: AdapterIndex,
     span: TargetSpan,
     in_features: int,
+    tiling: Tiling,
 ) -> None:
     """out[num_base + t, target's columns] += Σᵢ scaleᵢ · (Σₛ y[s, t, i]) · bᵢ, rounded once.
 
     out [T, O], in place; y as `bgmv_shrink` leaves it. (Punica, arXiv:2310.18547, sec. 4)
     """
     num_splits, num_tokens, _ = y.shape
-    width = max(stop - start for start, stop in pairwise(span.out_start))
-    block = min(next_power_of_2(width), BLOCK_OUTPUTS)
-    _bgmv_expand_kernel[(num_tokens, num_column_blocks(span.out_start, block))](
+    tile = tiling.expand
+    _bgmv_expand_kernel[(num_tokens, num_column_blocks(span.out_start, tile.columns))](
         out,
         y,
         storage,
@@ -89,9 +89,10 @@ def bgmv_expand(
         OUT_START=span.out_start,
         NUM_TARGETS=len(span.out_start) - 1,
         VECTOR=all(start % MAX_VECTOR == 0 for start in span.out_start),
-        BLOCK_R=EXPAND_ROWS,
-        BLOCK_O=block,
-        num_warps=2 if block >= 512 else 1,
+        MAX_SPLITS=MAX_SPLITS["bgmv"],
+        BLOCK_R=tile.rows,
+        BLOCK_O=tile.columns,
+        num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )
 
@@ -119,28 +120,29 @@ def _bgmv_shrink_kernel(
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slot_ptr + num_base + token).to(tl.int64)
+    if slot < 0:
+        return
     span_ptr = row_ptr_ptr + slot * stride_ps + first_target
     first_row = tl.load(span_ptr)
     num_rows = tl.load(span_ptr + NUM_TARGETS) - first_row
-    if tl.program_id(1) * BLOCK_R >= num_rows:
-        return
-    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_rows = row < num_rows
-    offset = tl.load(row_offset_ptr + slot * stride_os + first_row + row, mask=in_rows, other=0)
-    a_ptr = storage_ptr + tl.multiple_of(offset, 8)[:, None]
+    offset_ptr = row_offset_ptr + slot * stride_os + first_row
     x_row_ptr = x_ptr + (num_base + token) * stride_xt
-
-    acc = tl.zeros([BLOCK_R, BLOCK_I], dtype=tl.float32)
+    y_row_ptr = y_ptr + tl.program_id(2) * stride_ys + token * stride_yt
     start = tl.program_id(2) * split_blocks * BLOCK_I
     stop = tl.minimum(start + split_blocks * BLOCK_I, IN_FEATURES)
-    for i in range(start, stop, BLOCK_I):
-        column = i + tl.arange(0, BLOCK_I)
-        in_x = column < IN_FEATURES
-        x = tl.load(x_row_ptr + column, mask=in_x, other=0.0).to(tl.float32)
-        a = tl.load(a_ptr + column[None, :], mask=in_rows[:, None] & in_x[None, :], other=0.0)
-        acc += a.to(tl.float32) * x[None, :]
-    y_row_ptr = y_ptr + tl.program_id(2) * stride_ys + token * stride_yt
-    tl.store(y_row_ptr + row, tl.sum(acc, axis=1), mask=in_rows)
+    for r in range(tl.program_id(1) * BLOCK_R, num_rows, tl.num_programs(1) * BLOCK_R):
+        row = r + tl.arange(0, BLOCK_R)
+        in_rows = row < num_rows
+        offset = tl.load(offset_ptr + row, mask=in_rows, other=0)
+        a_ptr = storage_ptr + tl.multiple_of(offset, 8)[:, None]
+        acc = tl.zeros([BLOCK_R, BLOCK_I], dtype=tl.float32)
+        for i in range(start, stop, BLOCK_I):
+            column = i + tl.arange(0, BLOCK_I)
+            in_x = column < IN_FEATURES
+            x = tl.load(x_row_ptr + column, mask=in_x, other=0.0).to(tl.float32)
+            a = tl.load(a_ptr + column[None, :], mask=in_rows[:, None] & in_x[None, :], other=0.0)
+            acc += a.to(tl.float32) * x[None, :]
+        tl.store(y_row_ptr + row, tl.sum(acc, axis=1), mask=in_rows)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -164,17 +166,20 @@ def _bgmv_expand_kernel(
     OUT_START: tl.constexpr,
     NUM_TARGETS: tl.constexpr,
     VECTOR: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(token_slot_ptr + num_base + token).to(tl.int64)
+    if slot < 0:
+        return
     target, start, width, block = find_column_block(
         tl.program_id(1), OUT_START, NUM_TARGETS, BLOCK_O
     )
     if VECTOR:
         start = tl.multiple_of(start, 8)
         width = tl.multiple_of(width, 8)
-    slot = tl.load(token_slot_ptr + num_base + token).to(tl.int64)
     span_ptr = row_ptr_ptr + slot * stride_ps + first_target
     span_row = tl.load(span_ptr)
     first_row = tl.load(span_ptr + target)
@@ -183,14 +188,14 @@ def _bgmv_expand_kernel(
         return
     column = block * BLOCK_O + tl.arange(0, BLOCK_O)
     in_target = column < width
-    y_row_ptr = y_ptr + token * stride_yt - span_row
+    split = tl.arange(0, MAX_SPLITS)[:, None]
+    y_row_ptr = y_ptr + split * stride_ys + token * stride_yt - span_row
     acc = tl.zeros([BLOCK_O], dtype=tl.float32)
     for r in range(first_row, last_row, BLOCK_R):
         row = r + tl.arange(0, BLOCK_R)
         in_rows = row < last_row
-        y = tl.zeros([BLOCK_R], dtype=tl.float32)
-        for s in range(num_splits):
-            y += tl.load(y_row_ptr + s * stride_ys + row, mask=in_rows, other=0.0)
+        in_y = (split < num_splits) & in_rows[None, :]
+        y = tl.sum(tl.load(y_row_ptr + row[None, :], mask=in_y, other=0.0), axis=0)
         y *= tl.load(row_scale_ptr + slot * stride_os + row, mask=in_rows, other=0.0)
         offset = tl.load(row_offset_ptr + slot * stride_os + row, mask=in_rows, other=0)
         b_ptr = storage_ptr + tl.multiple_of(offset, 8)[:, None] + ALIGNED_IN + column[None, :]

@@ -10,6 +10,7 @@ import triton.language as tl
 from kernels.triton.launch import cdiv
 
 UNSPECIALIZED = (
+    "num_segments",
     "num_base",
     "first_target",
     "num_splits",

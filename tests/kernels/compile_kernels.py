@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from inspect_machine_code import inspect_amdgcn, inspect_cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -41,6 +38,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TILE = ("BLOCK_T", "BLOCK_M", "BLOCK_R", "BLOCK_N", "BLOCK_I", "BLOCK_O", "BLOCK_H", "BLOCK_C")
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -104,7 +102,14 @@ STEPS = (
     Step(),
     Step(128, 0, 1, 1, 0, 1, 1, 2, 3),
     Step(2048, 16, 64, 448, 16, 16, 16, 512, 8192),
+    *(
+        Step(num_tokens=num_tokens, num_base=0, num_segments=num_segments, max_span_rows=3 * rank)
+        for rank in (8, 16, 32, 64, 128)
+        for num_tokens, num_segments in ((1, 1), (32, 32), (512, 1), (512, 64))
+    ),
 )
+"""The first is compiled; the others, of every rank and of one token to many, need the same code."""
+SEGMENTS = (3, 16, 100)  # the longest segment: BGMV, SGMV in short tiles, SGMV in long ones
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def record(model: Model, step: Step) -> list[Launch]:
                 setattr(module, name, Recorder(value, launches, label))
     try:
         for span, (in_features, widths) in model.spans().items():
-            for max_segment in (3, 24, 100):
+            for max_segment in SEGMENTS:
                 label[0] = f"{span}, segments of {max_segment}"
                 run_adapters(model, step, in_features, widths, max_segment)
         label[0] = "step"
@@ -236,53 +241,32 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     """What the compiled launch uses: registers, memory, and the instructions that matter."""
     source, options = source_and_options(launch)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
+    num_warps, shared_bytes = options.get("num_warps", 4), compiled.metadata.shared
     facts = {
-        "kernel": launch.kernel.__name__,
-        "what": launch.what,
         "target": target,
-        "num_warps": options.get("num_warps", 4),
-        "shared_bytes": compiled.metadata.shared,
+        "num_warps": num_warps,
+        "shared_bytes": shared_bytes,
+        "tile_loads": tile_bytes(launch) // (16 * TARGETS[target].warp_size * num_warps),
     }
     if target.startswith("sm"):
-        return facts | inspect_cubin(compiled.asm["cubin"])
+        return facts | inspect_cubin(compiled.asm["cubin"], target, num_warps, shared_bytes)
     return facts | inspect_amdgcn(compiled.asm["amdgcn"])
 
 
-def inspect_cubin(cubin: bytes) -> dict[str, Any]:
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = run(binaries / "cuobjdump", "-res-usage", str(path))
-        sass = run(binaries / "nvdisasm", "-c", str(path))
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]+", sass)
-    return {
-        "registers": used["REG"],
-        "spilled_bytes": used["STACK"] + used["LOCAL"],
-        "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads_128": sum(".128" in load for load in loads),
-        "loads_16": sum(bool(re.search(r"\.[US](?:8|16)\b", load)) for load in loads),
-        "matrix_instructions": len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
-        "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED)\b", sass)),
-    }
+def tile_bytes(launch: Launch) -> int:
+    """Bytes of the weights, or of the keys and values, that a program has to read at a time."""
+    size = {name: n for name, n in launch.keywords.items() if name.isupper()}
+    weights = size.get("BLOCK_R", 0) * (size.get("BLOCK_I") or size.get("BLOCK_O") or 0)
+    keys_and_values = 2 * size.get("BLOCK_N", 0) * size.get("HEAD_DIM", 0)
+    tensors = [value for value in launch.arguments if isinstance(value, torch.Tensor)]
+    itemsize = min(t.itemsize for t in tensors if t.is_floating_point())
+    return (weights + keys_and_values) * itemsize
 
 
-def inspect_amdgcn(assembly: str) -> dict[str, Any]:
-    used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\b", assembly)}
-    return {
-        "registers": used["vgpr_count"],
-        "spilled_bytes": used["private_segment_fixed_size"],
-        "spill_instructions": used["vgpr_spill_count"],  # scalars spill into vector registers
-        "loads_128": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
-        "loads_16": len(re.findall(r"\b(?:global|buffer)_load_(?:u|s)?(?:short|byte)", assembly)),
-        "matrix_instructions": len(re.findall(r"\bv_mfma_", assembly)),
-        "atomics": len(re.findall(r"\b(?:global|buffer)_atomic", assembly)),
-    }
-
-
-def run(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def tile_of(launch: Launch) -> str:
+    """The sizes that tell the tiles of one kernel apart, "32 x 16 x 128"."""
+    sizes = [str(launch.keywords[name]) for name in TILE if name in launch.keywords]
+    return " x ".join(sizes)
 
 
 def forms(model: Model, step: Step) -> dict[str, Launch]:
@@ -295,21 +279,40 @@ def forms(model: Model, step: Step) -> dict[str, Launch]:
     return found
 
 
-def main(jobs: list[str]) -> None:
-    """Print the facts of each job, MODEL/TARGET/LABEL+LABEL...: launches whose label begins so.
+def classes(model: str) -> list[dict[str, str]]:
+    """Model, kernel, tile and what it is launched for, of every form of STEPS[0]."""
+    return [
+        {
+            "model": model,
+            "kernel": launch.kernel.__name__,
+            "tile": tile_of(launch),
+            "what": launch.what,
+        }
+        for launch in forms(MODELS[model], STEPS[0]).values()
+    ]
 
-    A job MODEL/forms prints, for each of STEPS, the compiled forms that it needs.
+
+def main(jobs: list[str]) -> None:
+    """Print one JSON list of what each job finds; a form that several jobs need is compiled once.
+
+    MODEL/TARGET/LABEL+LABEL...: the facts of launches whose label begins so. MODEL/forms: the
+    compiled forms that the first of STEPS needs, those that only others need, and the classes.
     """
-    facts: list[Any] = []
+    found: list[Any] = []
+    compiled: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs:
         model, target, *labels = job.split("/")
         if target == "forms":
-            facts += [sorted(forms(MODELS[model], step)) for step in STEPS]
-            continue
-        for launch in forms(MODELS[model], STEPS[0]).values():
-            if launch.what.startswith(tuple(labels[0].split("+"))):
-                facts.append(compile_launch(launch, target) | {"model": model})
-    sys.stdout.write(json.dumps(facts))
+            first, *others = [set(forms(MODELS[model], step)) for step in STEPS]
+            found += [sorted(first), sorted(set().union(*others) - first), classes(model)]
+        else:
+            launches = forms(MODELS[model], STEPS[0]).items()
+            for (form, launch), about in zip(launches, classes(model), strict=True):
+                if launch.what.startswith(tuple(labels[0].split("+"))):
+                    if (form, target) not in compiled:
+                        compiled[form, target] = compile_launch(launch, target)
+                    found.append(about | compiled[form, target])
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

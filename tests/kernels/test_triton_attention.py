@@ -77,6 +77,14 @@ def test_huge_scores_do_not_overflow(triton_ops, make_attention_case):
     check_against_reference(triton_ops, case)
 
 
+def test_a_padding_sequence_without_context_gets_zeros(triton_ops, make_attention_case):
+    case = make_attention_case(traffic="decode")
+    case.index.context_len[1] = 0
+    check_against_reference(triton_ops, case)
+    result = triton_ops.paged_attention(case.qkv, case.kv_cache, case.index, case.scale)
+    assert torch.equal(result[1], torch.zeros_like(result[1]))
+
+
 def test_an_empty_step_gives_an_empty_result(triton_ops, make_attention_case):
     case = make_attention_case(sequences=())
     result = triton_ops.paged_attention(case.qkv, case.kv_cache, case.index, case.scale)

@@ -65,6 +65,36 @@ def test_add_adapters_equals_the_reference(
     torch.testing.assert_close(moved.out.cpu(), case.out, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_graph_adds_the_adapters_of_whatever_slots_it_is_replayed_with(
+    cuda_ops, make_adapter_case, dtype
+):
+    case = make_adapter_case(num_tokens=16, num_base=0, dtype=dtype)
+    moved = on_device(case, "cuda")
+    index = moved.index._replace(
+        segment_start=torch.arange(17, dtype=torch.int32, device="cuda"),
+        segment_slot=moved.index.token_slot,
+        num_base=0,
+        max_segment=1,
+        max_span_rows=384,
+    )
+    arguments = (moved.x, moved.storage, moved.rows, index, moved.span)
+    cuda_ops.add_adapters(moved.out.clone(), *arguments)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda_ops.add_adapters(moved.out, *arguments)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype]
+    for token_slot in (case.index.token_slot, torch.arange(16) % 7 - 1, torch.full((16,), -1)):
+        index.token_slot.copy_(token_slot)
+        moved.out.copy_(case.out)
+        graph.replay()
+        expected = case.out.clone()
+        step = case.index._replace(token_slot=token_slot, max_span_rows=384)
+        reference.add_adapters(expected, case.x, case.storage, case.rows, step, case.span)
+        torch.testing.assert_close(moved.out.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), TOLERANCES, ids=str)
 @pytest.mark.parametrize("traffic", ["decode", "prefill", "chunked", "mixed"])
 @pytest.mark.parametrize("shape", [(9, 3, 64, 16), (8, 8, 64, 8), (32, 8, 128, 16)], ids=str)

@@ -1,0 +1,1 @@
+"""Benches: one script, one question; see bench/README.md."""
