@@ -6,6 +6,7 @@ blocks shared by several sequences can be counted here.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class KVCache:
             raise ValueError(f"block_size is {block_size}: a block holds at least 1 token")
         self.block_size = block_size
         self._pool = pool
-        self._tables: dict[str, list[int]] = {}
+        self._tables: dict[str, array[int]] = {}  # int32: a step copies them as they are
         self._num_tokens: dict[str, int] = {}
 
     @property
@@ -58,7 +59,7 @@ class KVCache:
         Raises OutOfPages, and then changes nothing.
         """
         pages = self._pool.allocate(self.blocks_needed(seq_id, num_tokens))
-        self._tables.setdefault(seq_id, []).extend(pages)
+        self._tables.setdefault(seq_id, array("i")).extend(pages)
         self._num_tokens[seq_id] = max(num_tokens, self._num_tokens.get(seq_id, 0))
 
     def table(self, seq_id: str) -> Sequence[int]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from kernels.layout import row_elements
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import torch
 
     from adapters_store.layout import TargetShape
 
@@ -72,7 +73,8 @@ def choose_block_size(
 class PagePool:
     """Pages of device memory, each free or with exactly one owner, who frees it.
 
-    Invariant: a page is in the free list once when it is free, and never when it is owned.
+    Invariant: a page is in the free list once when it is free, and never when it is owned; one that
+    was set aside is neither.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class PagePool:
                 f"a pool of {num_pages} pages of {page_elements} elements holds nothing: "
                 "give it more bytes (pool_bytes), at least those of one page"
             )
-        self.storage = _zeros(num_pages, page_elements, dtype, torch.device(device))
+        self.storage = _zeros(num_pages, page_elements, dtype, device)
         self._free = list(range(num_pages - 1, -1, -1))  # taken from the end: lowest page first
         self._is_free = bytearray(b"\x01") * num_pages
 
@@ -131,20 +133,38 @@ class PagePool:
             self._is_free[page] = 1
             self._free.append(page)
 
+    def set_aside(self) -> int:
+        """Take the last page out of the pool for good, for what belongs to nobody; return it.
+
+        The pool has one page fewer then. Raises ValueError when it would have none, or when the
+        page is in use: ask before anything is allocated.
+        """
+        page = self.num_pages - 1
+        if page == 0 or not self._is_free[page]:
+            raise ValueError(
+                f"page {page} of {self.num_pages} cannot be set aside: it has to be free, and "
+                "another has to be left; make the pool larger (pool_bytes)"
+            )
+        self._free.remove(page)
+        self._is_free.pop()
+        return page
+
     def check(self) -> None:
         """Recompute the invariant; AssertionError when it does not hold."""
         assert len(set(self._free)) == len(self._free), "a page is in the free list twice"
         listed = set(self._free)
         flagged = {page for page, free in enumerate(self._is_free) if free}
         assert listed == flagged, f"free list and flags differ in {sorted(listed ^ flagged)}"
-        assert self.storage.shape[0] == self.num_pages
+        assert self.storage.shape[0] >= self.num_pages
 
 
 def _zeros(
-    num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device
+    num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     """Zeros [num_pages, page_elements]; on a CPU in huge pages, and taken when first written."""
-    if device.type != "cpu":
+    import torch  # here: the geometry of pages is asked for where no tensor is needed
+
+    if torch.device(device).type != "cpu":
         return torch.zeros(num_pages, page_elements, dtype=dtype, device=device)
     num_bytes = num_pages * page_elements * dtype.itemsize
     host = np.zeros(num_bytes + HUGE_PAGE_BYTES, dtype=np.uint8)  # numpy asks for huge pages

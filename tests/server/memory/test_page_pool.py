@@ -122,3 +122,30 @@ def test_block_size_lets_a_rank_8_adapter_fill_its_pages(
 def test_block_size_never_makes_a_page_smaller_than_a_row():
     # A page of 4 or 8 tokens has 64 or 128 elements, the longest row 224.
     assert choose_block_size(1, 1, 8, targets(32, 192, 32, 8)) == 16
+
+
+def test_a_page_that_was_set_aside_is_given_to_nobody():
+    pool = pool_of(4)
+    page = pool.set_aside()
+    pool.check()
+    assert (pool.num_pages, pool.num_free, len(pool.storage)) == (3, 3, 4)
+    pages = pool.allocate(3)
+    assert page not in pages
+    with pytest.raises(OutOfPages):
+        pool.allocate(1)
+    with pytest.raises(ValueError, match="not one of the pool's 3 pages"):
+        pool.free([page])
+    pool.free(pages)
+    pool.check()
+
+
+def test_a_page_in_use_and_the_only_one_are_not_set_aside():
+    pool = pool_of(2)
+    pages = pool.allocate(2)
+    with pytest.raises(ValueError, match="page 1 of 2"):
+        pool.set_aside()
+    pool.free(pages)
+    pool.set_aside()
+    with pytest.raises(ValueError, match="pool_bytes"):
+        pool.set_aside()
+    pool.check()
