@@ -1,4 +1,4 @@
-"""The command `manylora`: `manylora serve`, with a flag for every setting."""
+"""The command `manylora`: `manylora serve`, with a flag for every setting, and `manylora plan`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pydantic_settings import SettingsError
 from server.config import Settings
 
 USAGE = """usage: manylora serve [--help] [flags]
+       manylora plan --gpu NAME --model NAME_OR_DIR [--help] [flags]
        manylora --version
 
 serve   serve one base model and many LoRA adapters over an OpenAI-compatible HTTP API
+plan    what a GPU could do at best: bytes, operations, time, memory, by arithmetic alone
 """
 
 
@@ -25,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     match words:
         case ["serve", *flags]:
             _serve(parse_settings(flags))
+        case ["plan", *flags]:
+            _plan(flags)
         case ["--version"]:
             sys.stdout.write(f"manylora {version('manylora')}\n")
         case ["--help" | "-h"]:
@@ -72,6 +76,12 @@ def _serve(settings: Settings) -> None:
     from server.serve import serve
 
     sys.exit(serve(settings))
+
+
+def _plan(flags: Sequence[str]) -> None:
+    from server.roofline.command import plan
+
+    sys.exit(plan(flags))
 
 
 if __name__ == "__main__":

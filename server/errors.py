@@ -14,6 +14,8 @@ ServerError
 ├── InternalError           500
 └── EngineUnavailable       503: the engine is starting
     └── EngineLost          503: the engine died with the request in it
+
+CannotServe                 told to who starts the server: there is no client yet
 """
 
 from __future__ import annotations
@@ -118,6 +120,10 @@ class EngineUnavailable(ServerError):
 
 class EngineLost(EngineUnavailable):
     """The engine ended while it worked on the request; it is started again."""
+
+
+class CannotServe(Exception):
+    """The server cannot start; the message says why and what to do."""
 
 
 class Answer(NamedTuple):

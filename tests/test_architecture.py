@@ -35,11 +35,19 @@ LAYERS: dict[str, set[str]] = {
         "server.config", "server.errors", "server.metrics", "server.text", "server.engine",
         "adapters_store",
     },
-    "server.serve": {
-        "server.config", "server.api", "server.text", "server.engine", "server.model",
-        "adapters_store",
+    "server.registration": {"server.config", "server.errors", "adapters_store"},
+    "server.frontend": {
+        "server.config", "server.errors", "server.registration", "server.api", "server.text",
+        "server.engine", "server.model", "adapters_store",
     },
-    "server.cli": {"server.config", "server.serve"},
+    "server.serve": {
+        "server.config", "server.errors", "server.registration", "server.frontend",
+        "server.engine", "server.model", "adapters_store",
+    },
+    "server.roofline": {
+        "server.config", "server.memory", "server.model", "adapters_store", "kernels",
+    },
+    "server.cli": {"server.config", "server.serve", "server.roofline"},
 }  # fmt: skip
 
 # The API speaks to the engine in messages: of the engine it knows only these.
@@ -55,12 +63,12 @@ CONFINED: dict[str, set[str]] = {
     "numba": {"kernels.cpu"},
     "llvmlite": {"kernels.cpu"},
     "transformers": {"server.model"},
-    "gguf": {"server.model.gguf_file"},
+    "gguf": {"server.model.gguf_blocks"},
     "peft": set(),
-    "fastapi": {"server.api", "server.serve"},
+    "fastapi": {"server.api", "server.frontend"},
     "starlette": {"server.api"},
-    "uvicorn": {"server.serve"},
-    "asyncio": {"server.api", "server.serve", "server.engine.client"},
+    "uvicorn": {"server.frontend"},
+    "asyncio": {"server.api", "server.serve", "server.frontend", "server.engine.client"},
     "zmq": {"server.engine.client", "server.engine.mailbox"},
     "sqlite3": {"adapters_store.catalogue"},
     "prometheus_client": {"server.metrics", "server.api.operations"},
@@ -214,6 +222,10 @@ def test_nothing_imports_the_training_scripts():
         ("server.engine.scheduler", {"torch", "fastapi", "asyncio", "transformers"}),
         ("kernels.ops", {"torch", "triton", "numba"}),
         ("server.cli", {"torch", "numba", "fastapi"}),
+        ("server.serve", {"torch", "numba", "numpy", "fastapi", "transformers"}),
+        ("server.frontend", {"torch", "numba"}),
+        ("server.engine.process", {"transformers", "gguf", "fastapi", "numba", "triton"}),
+        ("server.roofline.command", {"torch", "numba", "fastapi", "transformers"}),
     ],
 )
 def test_importing_a_module_leaves_heavy_libraries_alone(module, absent):

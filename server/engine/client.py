@@ -7,6 +7,7 @@ import contextlib
 import logging
 import multiprocessing
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -16,7 +17,6 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from server.engine.process import run_engine
 from server.engine.request import (
     Cancel,
     Drop,
@@ -25,6 +25,8 @@ from server.engine.request import (
     FromEngine,
     Load,
     Preload,
+    Refused,
+    Settled,
     Started,
     Submit,
     ToEngine,
@@ -34,8 +36,8 @@ from server.engine.request import (
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
+    from server.config import Settings
     from server.engine.request import AdapterImage
-    from server.engine.spec import EngineSpec
 
 RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
 """Pause before the first, second, … start in a row that ended before the engine was ready."""
@@ -47,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineStartError(RuntimeError):
-    """The engine ended before it could serve; its own output says why."""
+    """The engine cannot serve: what it said of the reason, or its exit code."""
 
 
 class EngineClient:
@@ -58,10 +60,12 @@ class EngineClient:
     and a new process is started. All methods belong to one event loop.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self.settled: Settled | None = None
         self.started: Started | None = None
         self.load: Load | None = None
-        self._spec = spec
+        self._settings = settings
+        self._refusal: str | None = None
         self._requests: dict[str, asyncio.Queue[TokenEvent | Finished]] = {}
         self._drops: dict[str, list[asyncio.Future[Dropped]]] = {}
         self._encoder = msgspec.msgpack.Encoder()
@@ -69,6 +73,7 @@ class EngineClient:
         self._directory = Path(tempfile.mkdtemp(prefix="manylora-"))
         self._socket: zmq.asyncio.Socket | None = None
         self._process: SpawnProcess | None = None
+        self._is_settled = asyncio.Event()
         self._ready = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._num_starts = 0
@@ -87,23 +92,25 @@ class EngineClient:
         self._socket.set_hwm(0)
         self._socket.bind(address)
         self._process = multiprocessing.get_context("spawn").Process(
-            target=run_engine, args=(self._spec, address), name="manylora-engine", daemon=True
+            target=_run_engine,
+            args=(self._settings, address),
+            name="manylora-engine",
+            daemon=True,
         )
         self._process.start()
 
-    async def start(self) -> None:
-        """Wait until the engine serves, and watch it from then on.
+    async def settle(self) -> Settled:
+        """Wait until the engine knows what it will be, long before it serves.
 
-        Raises EngineStartError when the first process ends before that.
+        Raises EngineStartError when it refuses or ends before that.
         """
-        if self._process is None:
-            self.spawn()
-        self._supervisor = asyncio.create_task(self._supervise())
-        ready = asyncio.create_task(self._ready.wait())
-        await asyncio.wait({ready, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
-        if not ready.done():
-            ready.cancel()
-            await self._supervisor
+        await self._until(self._is_settled)
+        assert self.settled is not None
+        return self.settled
+
+    async def start(self) -> None:
+        """Wait until the engine serves, and watch it from then on; raises as `settle`."""
+        await self._until(self._ready)
 
     async def stop(self) -> None:
         """End the process; open requests get their Finished."""
@@ -176,19 +183,33 @@ class EngineClient:
         if self._socket is not None:
             self._socket.send(self._encoder.encode(message))
 
+    async def _until(self, reached: asyncio.Event) -> None:
+        """Wait for an event of the first start, which the supervisor may have to give up."""
+        if self._process is None:
+            self.spawn()
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise())
+        waiter = asyncio.create_task(reached.wait())
+        await asyncio.wait({waiter, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiter.done():
+            waiter.cancel()
+            await self._supervisor
+
     async def _supervise(self) -> None:
         """Read from the engine until it ends, then start it again; raises if it never started."""
         failures = 0
         while True:
             assert self._process is not None
             was_ready = await self._read_until_ended()
-            code = self._process.exitcode
+            why, self._refusal = self._refusal, None
+            if why is None:
+                why = f"the engine ended with exit code {self._process.exitcode}"
             self._lose_engine("the engine process ended")
             if not self._ready.is_set():
-                raise EngineStartError(f"the engine ended with exit code {code} before it served")
+                raise EngineStartError(why)
             failures = 0 if was_ready else failures + 1
             pause = RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)]
-            logger.error("the engine ended with exit code %s; restart in %s s", code, pause)
+            logger.error("%s; the engine is started again in %s s", why, pause)
             await asyncio.sleep(pause)
             self.spawn()
 
@@ -232,9 +253,23 @@ class EngineClient:
                     answer = waiting.pop(0)
                     if not answer.done():
                         answer.set_result(message)
+            case Settled():
+                if self.settled is None:
+                    self.settled = message
+                    self._is_settled.set()
+                elif self.settled != message:
+                    self._refuse("the base model has changed since the start: restart the server")
             case Started():
                 self.started = message
                 self._ready.set()
+            case Refused():
+                self._refuse(message.error)
+
+    def _refuse(self, why: str) -> None:
+        """End the process, which has nothing more to say."""
+        assert self._process is not None
+        self._refusal = why
+        self._process.kill()
 
     def _lose_engine(self, why: str) -> None:
         """Answer everything that waits for the engine, and forget its socket."""
@@ -248,6 +283,14 @@ class EngineClient:
                 if not answer.done():
                     answer.set_result(Dropped(digest=digest, freed_bytes=0))
         self._drops.clear()
+
+
+def _run_engine(settings: Settings, address: str) -> None:
+    """In the new process: import what runs the engine, which the API process never needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API decides
+    from server.engine.process import run_engine
+
+    run_engine(settings, address)
 
 
 def _lost(request_id: str, why: str) -> Finished:

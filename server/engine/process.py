@@ -13,11 +13,13 @@ import torch
 
 from kernels.layout import AdapterIndex, AttentionIndex
 from kernels.ops import kernels_for
+from server.engine.graphs import CudaCapture, DecodeGraphs, GraphLimits
 from server.engine.loop import EngineLoop
 from server.engine.mailbox import Mailbox
-from server.engine.request import Started
+from server.engine.request import Refused, Settled, Started
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.spec import EngineSpec, engine_spec
 from server.memory.adapter_pool import AdapterPool
 from server.memory.kv_cache import KVCache
 from server.memory.page_pool import PagePool
@@ -26,58 +28,123 @@ from server.model.decoder import Decoder, StepInput
 from server.model.weights import load_model
 
 if TYPE_CHECKING:
-    from server.engine.spec import EngineSpec
+    from collections.abc import Callable
+
+    from server.config import Settings
+    from server.engine.graphs import Capture
+
+MAX_SPAN_TARGETS = 3
+"""Most targets that share their input: q, k and v."""
 
 
-def run_engine(spec: EngineSpec, address: str) -> None:
-    """Serve the API process that listens on `address` until SIGTERM, or until it is gone."""
+def run_engine(settings: Settings, address: str) -> None:
+    """Serve the API process that listens on `address` until SIGTERM, or until it is gone.
+
+    Says Settled and then Started; or Refused, at a fault for which the user has a remedy.
+    """
     logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "the engine is a process of its own"
     mailbox = Mailbox(address)
     try:
+        spec = engine_spec(settings)
+        mailbox.send([settled(spec)])
         loop, started = build_engine(spec, mailbox)
     except ModelError as error:
-        sys.exit(f"manylora: {error}")
+        mailbox.send([Refused(error=str(error))])
+        _repeat_until_orphaned(lambda: mailbox.receive(wait=True))  # the API process ends this one
+        return
     mailbox.send([started])
     try:
-        while os.getppid() == parent.pid:
-            loop.turn()
+        _repeat_until_orphaned(loop.turn)
     finally:
         loop.close()
         mailbox.close()
+
+
+def settled(spec: EngineSpec) -> Settled:
+    """What the API process has to know of the spec; ModelError for a pool that is too small."""
+    return Settled(
+        model_name=spec.source.name,
+        model_path=str(spec.source.path),
+        eos_token_ids=spec.config.eos_token_ids,
+        device=spec.device,
+        dtype=spec.dtype,
+        max_context=spec.max_context,
+        num_pages=None if spec.pool_bytes is None else spec.num_pages(),
+        layout=spec.layout,
+    )
+
+
+def _repeat_until_orphaned(act: Callable[[], object]) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the engine is a process of its own"
+    while os.getppid() == parent.pid:
+        act()
 
 
 def build_engine(spec: EngineSpec, mailbox: Mailbox) -> tuple[EngineLoop, Started]:
     """Load the model, take the memory, compile what runs; ModelError for what cannot be served."""
     device, dtype = torch.device(spec.device), spec.torch_dtype
     config, weights = load_model(spec.source, dtype, _show_progress)
-    decoder = Decoder(config, weights, kernels_for(spec.device), device, dtype)
-    num_pages = spec.num_pages()
-    pool = PagePool(num_pages, spec.geometry.page_elements, dtype, device)
+    decoder = Decoder(config, weights, kernels_for(spec.device), device, dtype, int8=spec.int8)
+    pool = PagePool(spec.num_pages(), spec.geometry.page_elements, dtype, device)
     kv_cache = KVCache(pool, spec.geometry.block_size)
     adapters = AdapterPool(
         pool, spec.max_adapters, spec.max_rows, spec.layout, on_loaded=mailbox.wake
     )
     warm_up(decoder, pool, adapters, spec.geometry.block_size)
-    max_context = min(spec.max_context, num_pages * spec.geometry.block_size)
+    capture = capture_for(spec)
+    graphs = None
+    if capture is not None:
+        graphs = capture_graphs(capture, spec, decoder, pool, kv_cache, adapters)
+    max_context = _max_context(spec, pool)
     scheduler = Scheduler(
         kv_cache,
         adapters,
         max_num_seqs=spec.max_num_seqs,
         max_batched_tokens=spec.max_batched_tokens,
         max_context=max_context,
+        attention_context=spec.attention_context,
     )
-    runner = Runner(decoder, pool, kv_cache, adapters)
+    runner = Runner(decoder, pool, kv_cache, adapters, graphs)
     started = Started(
-        num_pages=num_pages,
+        num_pages=pool.num_pages,
         page_bytes=pool.page_bytes,
         num_slots=spec.max_adapters,
         max_context=max_context,
     )
     return EngineLoop(scheduler, runner, kv_cache, adapters, mailbox), started
+
+
+def capture_for(spec: EngineSpec) -> Capture | None:
+    """What captures decode steps; None where every step is launched as it comes."""
+    if spec.device == "cuda" and spec.cuda_graphs:
+        return CudaCapture(torch.device(spec.device))
+    return None
+
+
+def capture_graphs(
+    capture: Capture,
+    spec: EngineSpec,
+    decoder: Decoder,
+    pool: PagePool,
+    kv_cache: KVCache,
+    adapters: AdapterPool,
+) -> DecodeGraphs:
+    """Capture decode steps up to the limits of the spec; takes a page out of the pool."""
+    scratch_page = pool.set_aside()
+    limits = GraphLimits(
+        max_num_seqs=spec.max_num_seqs,
+        max_context=_max_context(spec, pool),
+        max_span_rows=MAX_SPAN_TARGETS * spec.max_adapter_rank,
+    )
+    return DecodeGraphs(
+        decoder, kv_cache, adapters, pool.storage, scratch_page, limits, capture, _show_progress
+    )
+
+
+def _max_context(spec: EngineSpec, pool: PagePool) -> int:
+    return min(spec.max_context, pool.num_pages * spec.geometry.block_size)
 
 
 def warm_up(decoder: Decoder, pool: PagePool, adapters: AdapterPool, block_size: int) -> None:

@@ -1,8 +1,8 @@
 """The messages between the API process and the engine; frozen, and all that crosses.
 
-The API process sends Submit, Cancel, Preload and Drop; the engine sends Started, TokenEvent,
-Finished, Dropped and Load. Every Submit is answered by any number of TokenEvents and exactly one
-Finished.
+The API process sends Submit, Cancel, Preload and Drop; the engine sends Settled and Started, or
+Refused, and then TokenEvent, Finished, Dropped and Load. Every Submit is answered by any number of
+TokenEvents and exactly one Finished.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from adapters_store.layout import BaseLayout as BaseLayout
 from server.memory.residency import AdapterImage as AdapterImage
 from server.memory.residency import ResidentAdapter as ResidentAdapter
 
@@ -98,8 +99,27 @@ class Dropped(Message, frozen=True):
     freed_bytes: int
 
 
+class Settled(Message, frozen=True):
+    """What the engine will be, known before it reads a weight; its first message."""
+
+    model_name: str  # the model's own
+    model_path: str  # a directory in Hugging Face's form, or a .gguf file
+    eos_token_ids: tuple[int, ...]  # of the model's config
+    device: str
+    dtype: str
+    max_context: int
+    num_pages: int | None  # of the pool; None: known when the weights are there
+    layout: BaseLayout  # what the store packs adapters for
+
+
+class Refused(Message, frozen=True):
+    """The engine cannot serve this model with these settings; its last message."""
+
+    error: str
+
+
 class Started(Message, frozen=True):
-    """The engine is able to serve; its first message."""
+    """The engine is able to serve."""
 
     num_pages: int
     page_bytes: int
@@ -125,4 +145,4 @@ class Load(Message, frozen=True):
 
 
 ToEngine = Submit | Cancel | Preload | Drop
-FromEngine = Started | TokenEvent | Finished | Dropped | Load
+FromEngine = Settled | Refused | Started | TokenEvent | Finished | Dropped | Load

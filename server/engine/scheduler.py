@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import insort
 from typing import TYPE_CHECKING
 
+from server.engine.budget import Budget
 from server.engine.drains import Drains
 from server.engine.plan import PlannedSequence as PlannedSequence
 from server.engine.plan import SampledToken as SampledToken
@@ -54,14 +55,19 @@ class Scheduler:
         max_num_seqs: int,
         max_batched_tokens: int,
         max_context: int,
+        attention_context: int | None = None,
         max_passes: int = MAX_PASSES,
         lookahead: int = LOOKAHEAD,
     ) -> None:
-        """Raises ValueError at a limit below 1 (`max_passes`: below 0; `max_context`: below 2)."""
+        """See `Budget` for `attention_context`.
+
+        Raises ValueError at a limit below 1 (`max_passes`: below 0; `max_context`: below 2).
+        """
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
             ("max_batched_tokens", max_batched_tokens, 1),
             ("max_context", max_context, 2),
+            ("attention_context", 1 if attention_context is None else attention_context, 1),
             ("max_passes", max_passes, 0),
             ("lookahead", lookahead, 1),
         ):
@@ -73,7 +79,7 @@ class Scheduler:
         self._kv_cache = kv_cache
         self._adapters = adapter_pool
         self._max_num_seqs = max_num_seqs
-        self._max_batched_tokens = max_batched_tokens
+        self._budget = Budget(max_batched_tokens, attention_context)
         self._max_context = max_context
         self._max_passes = max_passes
         self._lookahead = lookahead
@@ -227,19 +233,33 @@ class Scheduler:
     def _schedule(self) -> list[PlannedSequence]:
         decodes = [s for s in self._running if s.num_uncomputed == 1]
         prefills = [s for s in self._running if s.num_uncomputed > 1]
+        items = self._plan_running(decodes, self._budget.num_tokens, 1)
+        budget = self._budget.num_tokens - len(items)
+        num_long = sum(self._budget.is_long(s.num_tokens) for s in prefills)
+        piece = self._budget.piece(len(items), num_long)
+        chunks = self._plan_running(prefills, budget, piece)
+        budget -= sum(self._budget.cost(chunk) for chunk in chunks)
+        admitted, has_room = self._admit(budget, piece)
+        self._prefetch(has_room)
+        return items + chunks + admitted
+
+    def _plan_running(
+        self, sequences: Seq[Sequence], budget: int, piece: int
+    ) -> list[PlannedSequence]:
         items: list[PlannedSequence] = []
-        budget = self._max_batched_tokens
-        for sequence in decodes + prefills:
+        for sequence in sequences:
             # Growing an older one may have preempted it.
             if budget > 0 and sequence.status is Status.RUNNING and self._grow(sequence):
-                items.append(self._planned(sequence, budget))
-                budget -= items[-1].num_tokens
-        admitted, has_room = self._admit(budget)
-        self._prefetch(has_room)
-        return items + admitted
+                items.append(self._planned(sequence, budget, piece))
+                budget -= self._budget.cost(items[-1])
+        return items
 
-    def _planned(self, sequence: Sequence, budget: int) -> PlannedSequence:
-        num_tokens = min(budget, sequence.num_uncomputed)
+    def _planned(self, sequence: Sequence, budget: int, piece: int) -> PlannedSequence:
+        if self._budget.is_long(sequence.num_tokens):
+            budget = min(budget, piece)
+        num_tokens = min(
+            self._budget.affordable(sequence.num_computed, budget), sequence.num_uncomputed
+        )
         assert sequence.slot is not None
         return PlannedSequence(
             sequence=sequence,
@@ -266,21 +286,21 @@ class Scheduler:
         self._kv_cache.extend(sequence.request_id, sequence.num_tokens)
         return True
 
-    def _admit(self, budget: int) -> tuple[list[PlannedSequence], bool]:
+    def _admit(self, budget: int, piece: int) -> tuple[list[PlannedSequence], bool]:
         """Start waiting sequences; False beside them when one had to wait for KV pages."""
         items: list[PlannedSequence] = []
         passed: list[tuple[Sequence, int]] = []  # with the number of admissions before it
         allowance = self._max_num_seqs
         has_room = True
         for sequence in self._waiting.first(self._lookahead):
-            if 0 in (budget, allowance) or len(self._running) >= self._max_num_seqs:
+            if budget <= 0 or allowance == 0 or len(self._running) >= self._max_num_seqs:
                 break
             if not self._is_ready(sequence):
                 passed.append((sequence, len(items)))
                 allowance = min(allowance, self._max_passes - sequence.num_passes)
             elif self._find_room(sequence):
-                items.append(self._start(sequence, budget))
-                budget -= items[-1].num_tokens
+                items.append(self._start(sequence, budget, piece))
+                budget -= self._budget.cost(items[-1])
                 allowance -= 1
             elif self._running or self._adapters.num_loading:
                 has_room = False
@@ -310,7 +330,7 @@ class Scheduler:
             self._adapters.evict_idle(num_missing, keep)
         return True
 
-    def _start(self, sequence: Sequence, budget: int) -> PlannedSequence:
+    def _start(self, sequence: Sequence, budget: int, piece: int) -> PlannedSequence:
         digest = sequence.wanted_digest
         slot = -1 if digest is None else self._adapters.acquire(digest)
         assert slot is not None, "only a resident adapter's sequence is ready"
@@ -319,7 +339,7 @@ class Scheduler:
         insort(self._running, sequence, key=lambda s: s.arrival)
         sequence.slot = slot
         sequence.status = Status.RUNNING
-        return self._planned(sequence, budget)
+        return self._planned(sequence, budget, piece)
 
     def _prefetch(self, has_room: bool) -> None:
         """Load what the queue's front needs, in its order, unless a sequence waits for pages."""

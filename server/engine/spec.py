@@ -15,6 +15,7 @@ from adapters_store.layout import TARGET_PATHS
 from adapters_store.packing import check_layout
 from server.memory.page_pool import PageGeometry, choose_block_size
 from server.model.config import ModelError
+from server.model.linear import can_serve_int8
 from server.model.source import resolve_source
 from server.model.weights import read_config
 
@@ -36,6 +37,7 @@ class EngineSpec:
     config: ModelConfig
     device: str  # "cpu" or "cuda"
     dtype: str  # "float32", "bfloat16" or "float16"
+    int8: bool  # weights of the base model in 8 bits
     geometry: PageGeometry
     pool_bytes: int | None  # None: by what is free once the weights are there
     max_context: int
@@ -43,6 +45,7 @@ class EngineSpec:
     max_batched_tokens: int
     max_adapters: int
     max_adapter_rank: int
+    cuda_graphs: bool  # without effect on a CPU
 
     @property
     def layout(self) -> BaseLayout:
@@ -58,6 +61,16 @@ class EngineSpec:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def attention_context(self) -> int:
+        """Context whose attention takes a token about as long as its products with the weights.
+
+        By multiplications, those of attention counted twice: no machine does them as fast.
+        """
+        config = self.config
+        products = sum(t.in_features * t.out_features for t in config.target_shapes())
+        return max(1, products // (2 * config.num_heads * config.head_dim) // 2)
 
     @property
     def max_rows(self) -> int:
@@ -88,6 +101,7 @@ def engine_spec(settings: Settings) -> EngineSpec:
         config=config,
         device=device,
         dtype=_dtype(settings.dtype, device),
+        int8=settings.quantization == "int8",
         geometry=PageGeometry(*shape, block_size),
         pool_bytes=settings.pool_bytes,
         max_context=_max_context(settings.max_context, config),
@@ -95,7 +109,13 @@ def engine_spec(settings: Settings) -> EngineSpec:
         max_batched_tokens=settings.max_batched_tokens,
         max_adapters=settings.max_adapters,
         max_adapter_rank=settings.max_adapter_rank,
+        cuda_graphs=settings.cuda_graphs,
     )
+    if spec.int8 and (spec.dtype != "bfloat16" or not can_serve_int8(device)):
+        raise ModelError(
+            f"quantization 'int8' is served in bfloat16 on a CPU with AVX512-VNNI and AVX512-BF16, "
+            f"not in {spec.dtype} on this {device!r}: use 'none'"
+        )
     try:
         check_layout(spec.layout)
     except ValueError as error:

@@ -111,7 +111,16 @@ def model_config(values: dict[str, Any], name: str, eos_token_ids: Sequence[int]
         config = CONFIG_MAPPING[family].from_dict(dict(values))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"the config of {name} is not a valid {family} config: {error}") from error
+    return config_of(config, name, eos_token_ids)
+
+
+def config_of(config: Any, name: str, eos_token_ids: Sequence[int]) -> ModelConfig:
+    """The config from a transformers config, or whatever has its attributes; ModelError as above.
+
+    Attributes that only some families have may be missing where they are off.
+    """
     _refuse_unsupported(config, name)
+    family = config.model_type
     num_layers, head_dim = config.num_hidden_layers, _head_dim(config)
     attention_bias = family == "qwen2" or bool(getattr(config, "attention_bias", False))
     try:

@@ -68,8 +68,13 @@ class Decoder:
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        int8: bool = False,
     ) -> None:
-        """Move the weights to `device`, in `dtype`; empties `weights.layers` on the way."""
+        """Move the weights to `device`, in `dtype`; empties `weights.layers` on the way.
+
+        `int8` keeps the weights of all linear layers in 8 bits.
+        """
         self.config = config
         self._kernels = kernels
         self._eps = config.rms_norm_eps
@@ -81,10 +86,11 @@ class Decoder:
             layer = weights.layers.pop(0)
             for name, tensor in vars(layer).items():
                 setattr(layer, name, None if tensor is None else tensor.to(device, dtype))
-            self._layers.append(_build_layer(config, len(self._layers), layer, cos_sin))
+            self._layers.append(_build_layer(config, len(self._layers), layer, cos_sin, int8))
         self._norm = weights.norm.to(device, dtype)
         is_tied = weights.head is weights.embedding
-        self._head = Linear(self._embedding if is_tied else weights.head.to(device, dtype))
+        head = self._embedding if is_tied else weights.head.to(device, dtype)
+        self._head = Linear(head, int8=int8)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
@@ -146,7 +152,9 @@ class Decoder:
         return storage.view(shape)
 
 
-def _build_layer(config: ModelConfig, n: int, weights: LayerWeights, cos_sin: Tensor) -> _Layer:
+def _build_layer(
+    config: ModelConfig, n: int, weights: LayerWeights, cos_sin: Tensor, int8: bool
+) -> _Layer:
     features = [target.out_features for target in config.target_shapes()]
 
     def span(first: int, stop: int) -> TargetSpan:
@@ -158,17 +166,17 @@ def _build_layer(config: ModelConfig, n: int, weights: LayerWeights, cos_sin: Te
 
     return _Layer(
         input_norm=weights.input_norm,
-        qkv=Linear(weights.qkv, weights.qkv_bias),
+        qkv=Linear(weights.qkv, weights.qkv_bias, int8=int8),
         qkv_span=span(0, 3),
         q_norm=weights.q_norm,
         k_norm=weights.k_norm,
         cos_sin=cos_sin if config.layer_rotates[n] else None,
         window=config.layer_windows[n],
-        o=Linear(weights.o, weights.o_bias),
+        o=Linear(weights.o, weights.o_bias, int8=int8),
         o_span=span(3, 4),
         post_norm=weights.post_norm,
-        gate_up=Linear(weights.gate_up, weights.gate_up_bias),
+        gate_up=Linear(weights.gate_up, weights.gate_up_bias, int8=int8),
         gate_up_span=span(4, 6),
-        down=Linear(weights.down, weights.down_bias),
+        down=Linear(weights.down, weights.down_bias, int8=int8),
         down_span=span(6, 7),
     )

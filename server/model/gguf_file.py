@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import torch
 
-from server.model.config import ModelConfig, ModelError, model_config
+from server.model.config import ModelConfig, ModelError, config_of, model_config
+from server.model.gguf_blocks import dequantise, num_bytes
+from server.model.gguf_header import StoredTensor, read_header
 from server.model.rope import RopeFrequencies
 
 if TYPE_CHECKING:
@@ -18,20 +20,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Supported values of general.architecture; "llama" is Llama, Mistral and SmolLM2."""
 
-_CONFIG_KEYS = {
+_COUNTS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
     "embedding_length": "hidden_size",
     "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -40,27 +37,28 @@ class GgufFile:
     """One .gguf file, memory-mapped; `read` dequantises a tensor to fp32."""
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata of `path`; ModelError if it is broken or of another architecture."""
-        try:
-            self._reader = _MetadataReader(path)
-        except (ValueError, LookupError, OSError, struct.error) as error:
-            raise ModelError(f"{path} is not a readable GGUF file: {error}") from error
+        """Read the header of `path`; ModelError if it is broken or of another architecture."""
         self.path = path
-        self.metadata = {key: _value(field) for key, field in self._reader.fields.items()}
+        try:
+            data = np.memmap(path, mode="c")
+            header = read_header(data.data)
+            self._data = torch.from_numpy(data)
+        except (ValueError, OSError, OverflowError, struct.error) as error:
+            raise self._unreadable(error) from error
+        self.metadata = header.metadata
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
                 f"{path} has architecture {self.architecture!r}; supported GGUF architectures are "
                 f"{', '.join(ARCHITECTURES)}: give a Hugging Face directory for other families"
             )
-        stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        for name, tensor in header.tensors.items():
+            self._check_bytes(name, tensor)
+        stored = dict(header.tensors)
         self._rope_factors = stored.pop(_ROPE_FACTORS, None)
-        names = self._hugging_face_names(list(stored))
-        self._tensors = {names[name]: tensor for name, tensor in stored.items()}
-        self.shapes = {
-            name: tuple(int(size) for size in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
+        names = self._hugging_face_names()
+        self._tensors = {names.get(name, name): tensor for name, tensor in stored.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def config(self, name: str) -> ModelConfig:
         """The model's config under the public name `name`; ModelError for what is not served."""
@@ -68,10 +66,11 @@ class GgufFile:
         if self._number("expert_count", 0):
             raise ModelError(f"{name} is a mixture of experts, which is not supported")
         values: dict[str, Any] = {"model_type": family, "hidden_act": "silu"}
-        for key, entry in _CONFIG_KEYS.items():
-            values[entry] = self._number(key)
+        for key, entry in _COUNTS.items():
+            values[entry] = self._count(key)
         heads = values["num_attention_heads"]
-        values["num_key_value_heads"] = self._number("attention.head_count_kv", heads)
+        values["num_key_value_heads"] = self._count("attention.head_count_kv", heads)
+        values["rms_norm_eps"] = self._number("attention.layer_norm_rms_epsilon")
         values["head_dim"] = self._head_dim(values["hidden_size"] // heads, name)
         values["vocab_size"] = self.shapes.get("model.embed_tokens.weight", (0,))[0]
         values["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
@@ -79,29 +78,58 @@ class GgufFile:
             values["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.shapes
         if family == "llama":
             values["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.shapes
+        else:
+            values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
+            values["sliding_window"] = None
         if self._number("attention.sliding_window", 0):
             raise ModelError(f"{name} has a sliding window, not served from GGUF: use safetensors")
         values["rope_parameters"] = self._rope_parameters()
         eos = (self.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
-        config = model_config(values, name, [int(token) for token in eos if token is not None])
+        eos_token_ids = [int(token) for token in eos if token is not None]
+        if values["rope_parameters"]["rope_type"] == "default":
+            # All that matters is said: transformers, seconds to import, has nothing to add.
+            config = config_of(SimpleNamespace(**values), name, eos_token_ids)
+        else:
+            config = model_config(values, name, eos_token_ids)
         return replace(config, rope=self._with_rope_factors(config.rope))
 
     def read(self, name: str) -> Tensor:
         """The tensor that transformers calls `name`, in fp32; KeyError if there is none."""
         tensor = self._tensors[name]
         try:
-            weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+            weights = dequantise(self._bytes(tensor), tensor.kind, tensor.shape)
         except NotImplementedError as error:
             raise ModelError(
                 f"{name} in {self.path} is quantised in a way that cannot be read: {error}"
             ) from error
-        weights = weights.astype(np.float32, copy=False)
-        num_heads = self._number("attention.head_count")
         if self.architecture == "llama" and ".q_proj." in name:
-            weights = _unpermuted(weights, num_heads)
+            return _unpermuted(weights, self._count("attention.head_count"))
         if self.architecture == "llama" and ".k_proj." in name:
-            weights = _unpermuted(weights, self._number("attention.head_count_kv", num_heads))
-        return torch.from_numpy(np.require(weights, requirements=["C", "W"]))
+            num_heads = self._count("attention.head_count")
+            return _unpermuted(weights, self._count("attention.head_count_kv", num_heads))
+        return weights
+
+    def _bytes(self, tensor: StoredTensor) -> Tensor:
+        """The bytes of a tensor: [num_bytes] uint8."""
+        return self._data[tensor.offset : tensor.offset + num_bytes(tensor.kind, tensor.shape)]
+
+    def _check_bytes(self, name: str, tensor: StoredTensor) -> None:
+        """Raise ModelError unless the file has all bytes of the tensor, in whole blocks."""
+        try:
+            end = tensor.offset + num_bytes(tensor.kind, tensor.shape)
+        except ValueError as error:
+            raise ModelError(f"{name} in {self.path} cannot be read: {error}") from error
+        if tensor.offset % 8 or end > len(self._data):
+            raise self._unreadable(f"{name} would end at byte {end} of {len(self._data)}")
+
+    def _unreadable(self, why: object) -> ModelError:
+        return ModelError(f"{self.path} is not a readable GGUF file: {why}")
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        value = self._number(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{self.path} has {self.architecture}.{key} = {value!r}, not a count")
+        return value
 
     def _number(self, key: str, default: Any = None) -> Any:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
@@ -139,7 +167,8 @@ class GgufFile:
         """Frequencies divided by the factors in which llama.cpp keeps Llama 3's scaling."""
         if self._rope_factors is None:
             return rope
-        factors = torch.from_numpy(np.array(self._rope_factors.data, dtype=np.float32))
+        stored = self._rope_factors
+        factors = dequantise(self._bytes(stored), stored.kind, stored.shape)
         if factors.numel() != len(rope.inv_freq):
             raise ModelError(
                 f"{self.path} has {factors.numel()} factors in {_ROPE_FACTORS} for "
@@ -147,55 +176,42 @@ class GgufFile:
             )
         return rope._replace(inv_freq=tuple((torch.tensor(rope.inv_freq) / factors).tolist()))
 
-    def _hugging_face_names(self, stored: list[str]) -> dict[str, str]:
-        """GGUF name to transformers' name; a tensor that the family has not keeps its own."""
-        num_layers = self._number("block_count")
-        names = gguf.get_tensor_name_map(ARCHITECTURES[self.architecture], num_layers)
-        modules = ["model.embed_tokens", "model.norm", "lm_head"]
-        modules += [f"model.layers.{n}.{path}" for n in range(num_layers) for path in _MODULES]
-        by_gguf = {names.get_name(module): module for module in modules}
-        renamed = {}
-        for name in stored:
-            module, _, kind = name.rpartition(".")
-            renamed[name] = f"{by_gguf[module]}.{kind}" if module in by_gguf else name
-        return renamed
+    def _hugging_face_names(self) -> dict[str, str]:
+        """GGUF name to transformers' name of every weight and bias that a family may have."""
+        modules = dict(_MODULES)
+        for n in range(self._count("block_count")):
+            modules |= {
+                f"blk.{n}.{stored}": f"model.layers.{n}.{path}"
+                for stored, path in _LAYER_MODULES.items()
+            }
+        return {
+            f"{stored}.{kind}": f"{path}.{kind}"
+            for stored, path in modules.items()
+            for kind in ("weight", "bias")
+        }
 
 
-_MODULES = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
-class _MetadataReader(gguf.GGUFReader):  # type: ignore[misc]
-    """GGUFReader that steps over arrays of strings: the vocabulary alone takes it seconds."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        kinds = gguf.GGUFValueType
-        is_array = raw_type == kinds.ARRAY
-        if not is_array or self._get(orig_offs, np.uint32)[0] != kinds.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        file, end = memoryview(self.data), orig_offs + 12
-        for _ in range(int(self._get(orig_offs + 4, np.uint64)[0])):
-            end += 8 + struct.unpack_from("<Q", file, end)[0]
-        return end - orig_offs, [], [], [kinds.ARRAY, kinds.STRING]
-
-
-def _value(field: Any) -> Any:
-    """A field's value; None for an array of strings."""
-    return field.contents() if field.data else None
-
-
-def _unpermuted(weights: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+def _unpermuted(weights: Tensor, num_heads: int) -> Tensor:
     """Rows of each head with its rotated halves apart, from llama.cpp's interleaved pairs."""
     pairs = weights.reshape(num_heads, -1, 2, *weights.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weights.shape)
+    return pairs.transpose(1, 2).reshape(weights.shape)

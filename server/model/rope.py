@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -30,6 +29,8 @@ def rope_frequencies(config: PretrainedConfig, head_dim: int) -> RopeFrequencies
     partial = parameters.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
+    import torch  # here: the API process knows configs, and does without torch
+
     if kind == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         return RopeFrequencies(tuple((1.0 / parameters["rope_theta"] ** exponent).tolist()))
@@ -41,6 +42,8 @@ def rope_frequencies(config: PretrainedConfig, head_dim: int) -> RopeFrequencies
 
 def cos_sin_table(rope: RopeFrequencies, num_positions: int, device: torch.device) -> Tensor:
     """cos of the D/2 frequencies, then sin, of every position: [num_positions, D] fp32."""
+    import torch
+
     inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float)
     angles = torch.arange(num_positions, dtype=torch.float)[:, None] * inv_freq
     return torch.cat([angles.cos(), angles.sin()], dim=-1).mul_(rope.scale).to(device)

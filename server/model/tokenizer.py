@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,64 +18,109 @@ if TYPE_CHECKING:
 
     from server.model.source import ModelSource
 
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
-"""What transformers raises for files that hold no tokenizer, or a broken one."""
+_UNREADABLE = Exception
+"""What is raised for files that hold no tokenizer, or a broken one: the tokenizers package has
+nothing narrower, and transformers lets pass whatever its parsing meets."""
+
+_FORMAT = 2
+"""Of the directories in the cache."""
+
+_DIGESTS = "sha256.json"
+"""In each of them: the digest of every other file."""
 
 
 def load_tokenizer(source: ModelSource, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`, its chat template with it where it has one.
 
-    Converting that of a GGUF file takes seconds: under `cache_dir` the result is kept, for the
-    file's path, size and time of change, and for the version of transformers. Raises ModelError
-    where the files hold no tokenizer.
+    Finding and converting it takes transformers seconds: under `cache_dir` the result is kept, for
+    the files' names, sizes and times of change, and for the version of transformers. A damaged
+    copy is made anew. Raises ModelError where the files hold no tokenizer.
     """
-    if not source.is_gguf:
-        return _from_pretrained(source, source.path)
     if cache_dir is None:
-        return _from_gguf(source)
+        return _converted(source)
     cached = cache_dir / "tokenizers" / _cache_key(source.path)
-    if not cached.is_dir():
-        _save_atomically(_from_gguf(source), cached)
-    return _from_pretrained(source, cached)
+    if _is_whole(cached):
+        return _from_cache(cached)
+    tokenizer = _converted(source)
+    _save_atomically(tokenizer, cached)
+    return tokenizer
 
 
-def _from_pretrained(source: ModelSource, directory: Path) -> PreTrainedTokenizerBase:
+def _converted(source: ModelSource) -> PreTrainedTokenizerBase:
+    path = source.path
     try:
+        if source.is_gguf:
+            return transformers.AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
         return transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            path, local_files_only=True, trust_remote_code=False
         )
     except _UNREADABLE as error:
         raise ModelError(
-            f"the tokenizer of {source.name} in {directory} cannot be read: {error}"
+            f"the tokenizer of {source.name} in {path} cannot be read: {error}"
         ) from error
 
 
-def _from_gguf(source: ModelSource) -> PreTrainedTokenizerBase:
-    path = source.path
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+def _from_cache(directory: Path) -> PreTrainedTokenizerBase:
+    """Without AutoTokenizer, which imports torch and every config."""
+    tokenizer: PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast.from_pretrained(
+        directory, local_files_only=True
+    )
+    return tokenizer
+
+
+def _survives(tokenizer: PreTrainedTokenizerBase, directory: Path) -> bool:
+    """Whether what was saved to `directory` is the tokenizer, in all that a server asks it."""
+
+    def essence(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+        return (
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.added_tokens_decoder,
+            tokenizer.special_tokens_map,
+            tokenizer.chat_template,
         )
-    except _UNREADABLE as error:
-        raise ModelError(f"the tokenizer in {path} cannot be read: {error}") from error
+
+    try:
+        return essence(_from_cache(directory)) == essence(tokenizer)
+    except _UNREADABLE:  # one without a tokenizer.json, for example
+        return False
 
 
 def _cache_key(path: Path) -> str:
-    """32 hex digits that differ when the file or its conversion would."""
-    status = path.stat()
-    identity = (str(path.resolve()), status.st_size, status.st_mtime_ns, transformers.__version__)
-    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    """32 hex digits that differ when the files or their conversion would."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    status = [(str(file.resolve()), file.stat()) for file in files]
+    identity = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+    return hashlib.sha256(repr((_FORMAT, transformers.__version__, identity)).encode()).hexdigest()[
+        :32
+    ]
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.iterdir())
+        if file.name != _DIGESTS
+    }
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a directory of the cache holds what was written to it."""
+    try:
+        return bool(json.loads((directory / _DIGESTS).read_bytes()) == _digests(directory))
+    except (OSError, ValueError):
+        return False
 
 
 def _save_atomically(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer to `directory`, whole or not at all."""
+    """Write the tokenizer to `directory`, whole or not at all; not one that would change by it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=directory.parent) as unfinished:
         written = Path(unfinished) / "tokenizer"
         tokenizer.save_pretrained(written)
-        try:
-            written.rename(directory)
-        except OSError:
-            # another process may have been quicker: its directory holds the same
-            if not directory.is_dir():
-                raise
+        if not _survives(tokenizer, written):
+            return
+        (written / _DIGESTS).write_text(json.dumps(_digests(written)))
+        shutil.rmtree(directory, ignore_errors=True)  # damaged, or not there
+        written.rename(directory)

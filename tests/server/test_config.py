@@ -18,6 +18,7 @@ SECOND_VALUES = {
     "port": ("9000", 9000),
     "device": ("cuda", "cuda"),
     "dtype": ("float32", "float32"),
+    "quantization": ("int8", "int8"),
     "data_dir": ("/var/lib/adapters", Path("/var/lib/adapters")),
     "pool_bytes": ("1000000", 1_000_000),
     "block_size": ("8", 8),
@@ -30,7 +31,7 @@ SECOND_VALUES = {
 }
 """Field → the text of a flag or variable, and what it means."""
 
-OTHER_FIELDS = {"adapter", "shipped_adapters"}  # a list and a switch: tested one by one
+OTHER_FIELDS = {"adapter", "shipped_adapters", "cuda_graphs"}  # a list, switches: one by one
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +86,13 @@ def test_the_description_of_adapters_says_how_to_write_the_variable():
 
 
 @pytest.mark.parametrize("text", ["false", "0"])
-def test_shipped_adapters_can_be_left_out(monkeypatch, text):
-    by_flag = parse_settings(["--no-shipped-adapters"])
-    assert by_flag.shipped_adapters is False
-    monkeypatch.setenv("MANYLORA_SHIPPED_ADAPTERS", text)
+@pytest.mark.parametrize("field", ["shipped_adapters", "cuda_graphs"])
+def test_what_is_on_can_be_switched_off(monkeypatch, field, text):
+    by_flag = parse_settings(["--no-" + flag_of(field).removeprefix("--")])
+    assert getattr(by_flag, field) is False
+    monkeypatch.setenv(variable_of(field), text)
     assert parse_settings([]) == by_flag
-    assert parse_settings(["--shipped-adapters"]).shipped_adapters is True
+    assert getattr(parse_settings([flag_of(field)]), field) is True
 
 
 def test_without_flags_and_variables_the_embedded_model_is_served_on_this_machine():

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,9 +14,9 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -24,8 +25,13 @@ from safetensors.numpy import save_file
 from adapters_store.store import AdapterStore
 from server.config import Settings
 from server.engine.client import EngineStartError
+from server.engine.process import settled
+from server.engine.request import Settled
 from server.engine.spec import engine_spec
-from server.serve import _CannotServe, _tokenizer, register_adapters, serve
+from server.errors import CannotServe
+from server.frontend import _tokenizer
+from server.registration import register_adapters
+from server.serve import serve
 
 STOP_SECONDS, WATCHDOG_SECONDS = 60, 180
 
@@ -84,22 +90,27 @@ def shipped(monkeypatch, tmp_path) -> None:
         name: write_adapter(tmp_path / "shipped" / name, seed)
         for seed, name in enumerate(("pirate", "shout"))
     }
-    monkeypatch.setattr("server.serve.shipped_adapters", lambda: found)
+    monkeypatch.setattr("server.registration.shipped_adapters", lambda: found)
 
 
 class ScriptedEngine:
     """In place of the process: `start` does what a test wants; remembers that it was stopped."""
 
     started = load = pid = None
-    on_start = on_spawn = staticmethod(lambda: None)
+    on_start = on_settle = on_spawn = staticmethod(lambda: None)
     instances: list[ScriptedEngine]
 
-    def __init__(self, spec) -> None:
+    def __init__(self, settings) -> None:
+        self.settings = settings
         self.is_stopped = False
         self.instances.append(self)
 
     def spawn(self) -> None:
         self.on_spawn()
+
+    async def settle(self) -> Settled:
+        self.on_settle()
+        return settled(engine_spec(self.settings))
 
     async def start(self) -> None:
         self.on_start()
@@ -156,7 +167,7 @@ def test_named_directories_are_registered_and_again_after_a_change(store, settin
 
 @pytest.mark.parametrize("entry", ["law", "law=", "law=/nonexistent", "=", ""])
 def test_an_entry_that_is_not_name_and_directory_is_quoted(store, settings_of, entry):
-    with pytest.raises(_CannotServe) as refused:
+    with pytest.raises(CannotServe) as refused:
         register_adapters(settings_of(adapter=[entry]), store)
     assert repr(entry) in str(refused.value)
     assert "NAME=DIR" in str(refused.value)
@@ -164,11 +175,11 @@ def test_an_entry_that_is_not_name_and_directory_is_quoted(store, settings_of, e
 
 def test_a_directory_that_cannot_be_served_is_named_with_the_reason(store, settings_of, tmp_path):
     directory = write_adapter(tmp_path / "dora", 1, use_dora=True)
-    with pytest.raises(_CannotServe) as refused:
+    with pytest.raises(CannotServe) as refused:
         register_adapters(settings_of(adapter=[f"law={directory}"]), store)
     assert f"--adapter law={directory}" in str(refused.value)
     assert "use_dora" in str(refused.value)
-    with pytest.raises(_CannotServe, match="bad name"):
+    with pytest.raises(CannotServe, match="bad name"):
         register_adapters(settings_of(adapter=[f"bad name={directory}"]), store)
 
 
@@ -195,9 +206,34 @@ def test_a_host_that_is_not_ours_is_named(settings_of, capsys, engine, host):
     assert "--host" in said
 
 
-def test_a_model_that_is_not_there_is_named(settings_of, capsys, engine):
+def test_a_model_that_is_not_there_is_named(settings_of, capsys):
     assert serve(settings_of(model="/nonexistent/model.gguf")) == 1
-    assert "manylora: there is no file /nonexistent/model.gguf" in capsys.readouterr().err
+    assert capsys.readouterr().err == "manylora: there is no file /nonexistent/model.gguf\n"
+
+
+def test_an_adapter_directory_that_is_not_there_is_named_first(settings_of, capsys, engine):
+    assert serve(settings_of(adapter=["law=/nonexistent"])) == 1
+    assert "--adapter 'law=/nonexistent'" in capsys.readouterr().err
+    assert engine.instances == [], "nothing was begun"
+
+
+def test_an_engine_that_refuses_ends_the_server_with_its_words(settings_of, capsys, engine):
+    def refuse() -> None:
+        raise EngineStartError("tiny has layers of wood: give it others")
+
+    engine.on_settle = staticmethod(refuse)
+    assert serve(settings_of()) == 1
+    assert "manylora: tiny has layers of wood: give it others" in capsys.readouterr().err
+    assert engine.instances[0].is_stopped
+
+
+def test_a_model_without_a_tokenizer_is_named(settings_of, capsys, engine, tiny_llama, tmp_path):
+    model = tmp_path / "mute"
+    model.mkdir()
+    shutil.copy(tiny_llama / "config.json", model)
+    assert serve(settings_of(model=str(model))) == 1
+    assert "the tokenizer of mute" in capsys.readouterr().err
+    assert engine.instances[0].is_stopped
 
 
 def test_a_data_directory_that_cannot_be_one_is_named(settings_of, capsys, engine, tmp_path):
@@ -237,9 +273,9 @@ def test_a_base_model_and_an_adapter_of_one_name_are_refused(settings_of, capsys
 
 def test_answers_end_by_the_end_tokens_of_tokenizer_and_config(settings_of):
     settings = settings_of()
-    spec = engine_spec(settings)
-    assert _tokenizer(settings, spec).eos_token_ids == (256,)
-    more = replace(spec, config=replace(spec.config, eos_token_ids=(7, 256)))
+    message = settled(engine_spec(settings))
+    assert _tokenizer(settings, message).eos_token_ids == (256,)
+    more = msgspec.structs.replace(message, eos_token_ids=(7, 256))
     assert _tokenizer(settings, more).eos_token_ids == (256, 7)
 
 
@@ -247,7 +283,7 @@ def test_answers_end_by_the_end_tokens_of_tokenizer_and_config(settings_of):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["on_spawn", "on_start"])
+@pytest.mark.parametrize("moment", ["on_spawn", "on_settle", "on_start"])
 def test_a_signal_stops_the_engine_and_gives_the_data_back(settings_of, engine, moment, number):
     setattr(engine, moment, send(number))
     settings = settings_of()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters_store.layout import TARGET_PATHS, BaseLayout, TargetShape
 from server.engine.request import AdapterImage, Dropped, Finished, Sampling, Submit, TokenEvent
@@ -85,6 +87,7 @@ class Simulation:
         max_num_seqs: int = 4,
         max_batched_tokens: int = 8,
         max_context: int = 40,
+        attention_context: int | None = None,
         max_passes: int = 3,
         lookahead: int = 128,
     ) -> None:
@@ -101,6 +104,7 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
             max_context=max_context,
+            attention_context=attention_context,
             max_passes=max_passes,
             lookahead=lookahead,
         )
@@ -264,6 +268,61 @@ class Simulation:
             passes = sum(place(other) > place(request_id) for other in admitted)
             self.passes[request_id] = self.passes.get(request_id, 0) + passes
             assert self.passes[request_id] <= self.max_passes, "passed too often"
+
+
+class HostSyncs(TorchFunctionMode):
+    """Counts what would make the host wait for a GPU, though all tensors are on the CPU.
+
+    Transfers to the host, values that Python asks for, shapes that depend on values, and values
+    that come from Python's own lists, whose copy to a GPU is not asynchronous.
+    """
+
+    FUNCTIONS = frozenset({"tolist", "cpu", "tensor", "as_tensor"})
+    OPERATIONS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self._operations = _Operations(self.seen)
+
+    def __enter__(self):
+        self._operations.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._operations.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", str(func))
+        is_listed = name in ("__getitem__", "__setitem__") and any(
+            isinstance(part, list) for part in (args[1] if type(args[1]) is tuple else args[1:2])
+        )
+        if name in self.FUNCTIONS or is_listed:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
+    """The part of HostSyncs that lies below Python's functions."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put_") else []
+        is_masked = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if name in HostSyncs.OPERATIONS or is_masked:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_syncs() -> HostSyncs:
+    """A context; `seen` names the waits that happened in it."""
+    return HostSyncs()
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Coroutine, Iterator
-from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -21,8 +23,9 @@ import transformers
 
 from server.config import Settings
 from server.engine.client import EngineClient, EngineStartError
+from server.engine.process import settled
 from server.engine.request import AdapterImage, Finished, Sampling, Submit, TokenEvent
-from server.engine.spec import EngineSpec, engine_spec
+from server.engine.spec import engine_spec
 
 START_SECONDS, ANSWER_SECONDS = 120, 30
 
@@ -31,8 +34,8 @@ import asyncio, pickle, sys
 from pathlib import Path
 from server.engine.client import EngineClient
 
-async def main(spec):
-    serving, starting = EngineClient(spec), EngineClient(spec)
+async def main(settings):
+    serving, starting = EngineClient(settings), EngineClient(settings)
     await serving.start()
     starting.spawn()
     print(serving.pid, starting.pid, flush=True)
@@ -53,21 +56,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_llama) -> EngineSpec:
-    return engine_spec(
-        Settings(
-            model=str(tiny_llama),
-            device="cpu",
-            dtype="float32",
-            pool_bytes=1 << 20,
-            max_adapters=2,
-            max_num_seqs=4,
-        )
+def settings(tiny_llama) -> Settings:
+    return Settings(
+        model=str(tiny_llama),
+        device="cpu",
+        dtype="float32",
+        pool_bytes=1 << 20,
+        max_adapters=2,
+        max_num_seqs=4,
     )
 
 
 @pytest.fixture(scope="module")
-def served(spec) -> Iterator[SimpleNamespace]:
+def served(settings) -> Iterator[SimpleNamespace]:
     """One started client, and `run` for what happens on its event loop."""
     with asyncio.Runner() as runner:
 
@@ -78,7 +79,7 @@ def served(spec) -> Iterator[SimpleNamespace]:
             return runner.run(bounded())
 
         async def create() -> EngineClient:
-            return EngineClient(spec)
+            return EngineClient(settings)
 
         client = run(create())
         run(client.start(), START_SECONDS)
@@ -125,8 +126,10 @@ async def until_idle(client: EngineClient) -> None:
         await asyncio.sleep(0.02)
 
 
-def test_says_what_it_can_hold_when_it_has_started(served, spec):
-    started = served.client.started
+def test_says_what_it_will_be_and_what_it_can_hold(served, settings):
+    spec, started = engine_spec(settings), served.client.started
+    assert served.run(served.client.settle()) == settled(spec)
+    assert served.client.settled.layout == spec.layout
     assert (started.num_pages, started.page_bytes) == (spec.num_pages(), spec.page_bytes)
     assert (started.num_slots, started.max_context) == (2, 128)
 
@@ -234,8 +237,8 @@ def test_what_the_engine_says_last_ends_a_request_only_once(served):
     assert served.run(finish_then_kill()).reason == "length"
 
 
-async def start_and_stop(spec: EngineSpec) -> None:
-    client = EngineClient(spec)
+async def start_and_stop(settings: Settings) -> None:
+    client = EngineClient(settings)
     try:
         await asyncio.wait_for(client.start(), START_SECONDS)
     finally:
@@ -244,30 +247,57 @@ async def start_and_stop(spec: EngineSpec) -> None:
         assert not client._directory.exists()
 
 
-def test_an_engine_that_cannot_start_is_an_error_and_leaves_nothing(spec, tmp_path, capfd):
-    (tmp_path / "config.json").write_bytes((spec.source.path / "config.json").read_bytes())
+def test_an_engine_that_refuses_is_an_error_in_its_words_and_leaves_nothing(settings, tmp_path):
+    (tmp_path / "config.json").write_bytes((Path(settings.model) / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    broken = replace(spec, source=replace(spec.source, path=tmp_path))
-    too_small = replace(spec, pool_bytes=100)
+    broken = settings.model_copy(update={"model": str(tmp_path)})
+    too_small = settings.model_copy(update={"pool_bytes": 100})
 
     async def both() -> list[BaseException]:
         return await asyncio.gather(
             start_and_stop(broken), start_and_stop(too_small), return_exceptions=True
         )
 
-    for error in asyncio.run(both()):
-        assert isinstance(error, EngineStartError)
-        assert "exit code 1" in str(error)
-    said = capfd.readouterr().err
-    assert "model.safetensors is broken" in said
-    assert "a pool of 100 bytes holds 0 pages" in said
+    without_weights, without_pages = asyncio.run(both())
+    assert isinstance(without_weights, EngineStartError)
+    assert "model.safetensors is broken" in str(without_weights)
+    assert isinstance(without_pages, EngineStartError)
+    assert "a pool of 100 bytes holds 0 pages" in str(without_pages)
 
 
-def test_engines_end_when_their_parent_is_killed_while_they_serve_or_start(spec, tmp_path):
+def test_an_engine_that_dies_at_its_start_is_an_error_with_its_exit_code(settings):
+    async def kill() -> None:
+        client = EngineClient(settings)
+        client.spawn()
+        os.kill(client.pid, signal.SIGKILL)
+        try:
+            for wait in (client.settle, client.start):
+                with pytest.raises(EngineStartError, match="exit code -9"):
+                    await asyncio.wait_for(wait(), START_SECONDS)
+        finally:
+            await client.stop()
+
+    asyncio.run(kill())
+
+
+def test_an_engine_started_again_has_to_be_what_it_was(settings):
+    client, killed = EngineClient(settings), []
+    client._process = SimpleNamespace(kill=lambda: killed.append(True))
+    first = settled(engine_spec(settings))
+    client._take(first)
+    client._take(first)
+    assert (client.settled, killed) == (first, [])
+    client._take(msgspec.structs.replace(first, eos_token_ids=(1,)))
+    assert (client.settled, killed) == (first, [True])
+    assert "has changed since the start: restart the server" in client._refusal
+    shutil.rmtree(client._directory)
+
+
+def test_engines_end_when_their_parent_is_killed_while_they_serve_or_start(settings, tmp_path):
     (tmp_path / "owner.py").write_text(OWNER)
-    (tmp_path / "spec.pickle").write_bytes(pickle.dumps(spec))
+    (tmp_path / "settings.pickle").write_bytes(pickle.dumps(settings))
     owner = subprocess.Popen(
-        [sys.executable, tmp_path / "owner.py", tmp_path / "spec.pickle"],
+        [sys.executable, tmp_path / "owner.py", tmp_path / "settings.pickle"],
         env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import kernels.reference
 from server.config import Settings
-from server.engine.process import _show_progress, build_engine, warm_up
+from server.engine.process import _show_progress, build_engine, capture_for, warm_up
 from server.engine.request import Finished, Load, Sampling, Submit, TokenEvent
 from server.engine.spec import engine_spec
 from server.memory.adapter_pool import AdapterPool
@@ -89,6 +90,50 @@ def test_an_engine_that_was_built_says_what_it_holds_and_serves(spec_of):
     assert ends == dict.fromkeys("abc", "length")
     assert sum(isinstance(m, TokenEvent) for m in post.sent) == 9
     assert max(m.num_running for m in post.sent if isinstance(m, Load)) <= 2
+
+
+def test_an_engine_with_graphs_keeps_a_page_and_says_the_same(spec_of, monkeypatch):
+    """What captures is a stand-in, which does the captured work again on the CPU."""
+    replays = []
+
+    def capture(work):
+        return lambda: replays.append(work()) or None
+
+    def said(spec):
+        post = ListPost()
+        loop, started = build_engine(spec, post)
+        post.inbox = [
+            Submit(
+                request_id=str(n),
+                prompt_token_ids=tuple(range(1, 4 + n)),
+                sampling=Sampling(max_tokens=4, temperature=n / 2, seed=n),
+            )
+            for n in range(3)
+        ]
+        for _ in range(8):
+            loop.turn()
+        loop.close()
+        tokens = [m for m in post.sent if isinstance(m, TokenEvent)]
+        return started.num_pages, sorted((m.request_id, m.token_ids) for m in tokens)
+
+    spec = spec_of(pool_bytes=1 << 18, block_size=8, max_num_seqs=3)
+    num_pages, eager = said(spec)
+    assert not replays
+    monkeypatch.setattr("server.engine.process.capture_for", lambda spec: capture)
+    assert said(spec) == (num_pages - 1, eager)
+    assert len(replays) == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda_graphs", "is_captured"),
+    [("cpu", True, False), ("cuda", False, False), ("cuda", True, True)],
+)
+def test_decode_steps_are_captured_on_a_gpu_unless_that_is_switched_off(
+    spec_of, monkeypatch, device, cuda_graphs, is_captured
+):
+    monkeypatch.setattr("server.engine.process.CudaCapture", lambda device: device)
+    spec = dataclasses.replace(spec_of(cuda_graphs=cuda_graphs), device=device)
+    assert (capture_for(spec) is not None) == is_captured
 
 
 def test_a_pool_smaller_than_the_models_context_shortens_the_context(spec_of):

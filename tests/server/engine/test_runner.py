@@ -17,6 +17,7 @@ import kernels.reference
 from adapters_store.image import build_image, plan_image, write_image
 from adapters_store.layout import TARGET_PATHS
 from adapters_store.reading import AdapterModule
+from server.engine.graphs import DecodeGraphs, GraphLimits
 from server.engine.request import AdapterImage, Finished, Sampling, Submit, TokenEvent
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -65,6 +66,7 @@ class Engine:
 
     directory: Path
     num_pages: int = 200
+    replays_decodes: bool = False
     loaded: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -82,8 +84,31 @@ class Engine:
         self.scheduler = Scheduler(
             kv_cache, self.adapters, max_num_seqs=6, max_batched_tokens=11, max_context=60
         )
-        self.runner = Runner(decoder, self.pool, kv_cache, self.adapters)
+        graphs = None
+        self.num_replays = 0
+        if self.replays_decodes:
+            page, limits = self.pool.set_aside(), GraphLimits(6, 60, max_span_rows=60)
+            graphs = DecodeGraphs(
+                decoder,
+                kv_cache,
+                self.adapters,
+                self.pool.storage,
+                page,
+                limits,
+                self.capture,
+                lambda *_: None,
+            )
+        self.runner = Runner(decoder, self.pool, kv_cache, self.adapters, graphs)
         self.kinds: set[tuple[bool, ...]] = set()
+
+    def capture(self, work):
+        """A CUDA graph's stand-in: does the same work on the same tensors again."""
+
+        def replay() -> None:
+            self.num_replays += 1
+            work()
+
+        return replay
 
     def image(self, name: str, path: Path) -> AdapterImage:
         modules = modules_of(name, self.layout)
@@ -205,6 +230,17 @@ def test_a_mixed_batch_says_what_each_request_alone_is_told_by_transformers(
         assert_true(request, events[request.request_id], truth(name, engine.layout))
         answers.add(tuple(event.token_ids for event in events[request.request_id]))
     assert len(answers) == len(requests), "the adapters of this test change nothing"
+
+
+def test_a_batch_whose_decodes_are_replayed_says_the_same(tiny_llama, truth, tmp_path):
+    engine = Engine(tiny_llama, num_pages=60, replays_decodes=True)
+    requests = mixed_requests(engine, tmp_path)
+    events = engine.run(requests)
+    for request in requests:
+        name = request.adapter.digest if request.adapter else None
+        assert_true(request, events[request.request_id], truth(name, engine.layout))
+    engine.adapters.close()
+    assert engine.num_replays >= 7, "nothing was replayed"
 
 
 def test_preempted_sequences_say_the_same(tiny_llama, truth, tmp_path):

@@ -211,3 +211,82 @@ def test_asking_for_logprobs_changes_no_token():
     assert [t.token_id for t in sample(logits, plain)] == [
         t.token_id for t in sample(logits, asking)
     ]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
+        lambda t: t[0].item(),
+        lambda t: bool(t[0] > 0),
+        lambda t: int(t[1]),
+        lambda t: float(t[2]),
+        lambda t: t[t > 0],
+        lambda t: t.nonzero(),
+        lambda t: t[[0, 1]],
+        lambda t: t.unique(),
+        lambda t: torch.tensor([1.0]),
+    ],
+)
+def test_a_wait_for_the_device_is_seen(host_syncs, wait):
+    values = torch.tensor([-1.0, 2.0, 3.0])
+    with host_syncs:
+        wait(values)
+    assert len(host_syncs.seen) == 1
+
+
+MIXED_SAMPLING = [
+    sampling_of(0.0),
+    sampling_of(0.7, seed=1),
+    sampling_of(0.7, top_k=40, top_p=0.9, num_logprobs=3),
+    sampling_of(0.0, num_logprobs=0),
+    sampling_of(0.5, min_p=0.05, seed=2),
+    sampling_of(0.6, top_k=NUM_CANDIDATES + 9, top_p=0.9),
+    sampling_of(0.4, top_p=0.8, num_logprobs=5),
+]
+
+
+@pytest.mark.parametrize(
+    "samplings",
+    [[sampling_of(0.0)] * 5, [sampling_of(0.9)] * 5, MIXED_SAMPLING],
+    ids=["greedy", "plain", "mixed"],
+)
+def test_the_host_waits_once_for_a_whole_batch(host_syncs, samplings):
+    logits = logits_of(12, num_rows=len(samplings), spread=6.0)
+    with host_syncs:
+        tokens = sample(logits, [Draw(sampling, 9) for sampling in samplings])
+    assert len(host_syncs.seen) == 1
+    assert len(tokens) == len(samplings)
+
+
+def test_a_row_that_needs_more_candidates_is_waited_for_once_more_and_alone(host_syncs):
+    logits = logits_of(13, num_rows=3)
+    logits[1] *= 0.01
+    draws = [Draw(sampling_of(top_p=0.9, seed=n, num_logprobs=2), n) for n in range(3)]
+    with host_syncs:
+        tokens = sample(logits, draws)
+    assert host_syncs.seen == ["cpu", "cpu"]
+    assert tokens == [sample(logits[n : n + 1], [draws[n]])[0] for n in range(3)]
+
+
+@pytest.mark.parametrize("samplings", [MIXED_SAMPLING, MIXED_SAMPLING[::-1]])
+def test_every_kind_of_sampling_in_one_batch_says_what_it_says_alone(samplings):
+    logits = logits_of(14, num_rows=len(samplings))
+    draws = [Draw(sampling, n) for n, sampling in enumerate(samplings)]
+    alone = [sample(logits[n : n + 1], [draw])[0] for n, draw in enumerate(draws)]
+    assert sample(logits, draws) == alone
+
+
+def test_bf16_logits_are_sampled_as_their_fp32_values():
+    logits = logits_of(15, num_rows=len(MIXED_SAMPLING)).bfloat16()
+    draws = [Draw(sampling, n) for n, sampling in enumerate(MIXED_SAMPLING)]
+    assert sample(logits, draws) == sample(logits.float(), draws)
+
+
+@pytest.mark.parametrize("top_k", [VOCAB + 1, 10**6])
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it(top_k):
+    logits = logits_of(16)
+    draws = [Draw(sampling_of(1.5, top_k=k, seed=n), n) for n in range(20) for k in (VOCAB, top_k)]
+    tokens = sample(logits.expand(len(draws), -1), draws)
+    assert tokens[::2] == tokens[1::2]

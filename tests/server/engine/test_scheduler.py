@@ -36,7 +36,21 @@ def test_decodes_come_before_prefills_and_prefills_before_admissions(simulate):
     sim.step()
     sim.submit("new", num_prompt=5, max_tokens=2)
     sim.step()
-    assert shares(sim.last_plan) == {"decode": (3, 1), "prefill": (7, 5), "new": (0, 2)}
+    assert shares(sim.last_plan) == {"decode": (3, 1), "prefill": (4, 4), "new": (0, 3)}
+
+
+def test_a_long_prompt_takes_small_pieces_beside_many_decodes_and_whole_steps_alone(simulate):
+    sim = simulate(num_pages=400, max_num_seqs=16, max_batched_tokens=24, max_context=200)
+    for n in range(11):
+        sim.submit(f"decode{n}", num_prompt=2, max_tokens=20)
+    sim.step()
+    sim.submit("long", num_prompt=100, max_tokens=1)
+    sim.step()
+    assert shares(sim.last_plan)["long"] == (0, 2)
+    for n in range(11):
+        sim.scheduler.cancel(f"decode{n}")
+    sim.step()
+    assert shares(sim.last_plan) == {"long": (2, 24)}
 
 
 def test_no_more_sequences_run_than_max_num_seqs(simulate):
@@ -469,7 +483,13 @@ def test_a_step_looks_at_no_more_waiting_requests_than_its_lookahead(simulate, m
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_num_seqs", 0), ("max_batched_tokens", 0), ("max_context", 1), ("max_passes", -1)],
+    [
+        ("max_num_seqs", 0),
+        ("max_batched_tokens", 0),
+        ("max_context", 1),
+        ("max_passes", -1),
+        ("attention_context", 0),
+    ],
 )
 def test_refuses_limits_that_admit_nothing(simulate, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):

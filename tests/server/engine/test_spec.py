@@ -98,6 +98,36 @@ def test_refuses_what_cannot_be_served_and_says_what_can(spec_of, monkeypatch, w
         assert word in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "has_instructions", "words"),
+    [
+        ({"dtype": "float32"}, True, ["not in float32"]),
+        ({"device": "cuda"}, True, ["'cuda'"]),
+        ({"dtype": "bfloat16"}, False, ["AVX512-VNNI", "this 'cpu'"]),
+    ],
+)
+def test_int8_is_refused_but_in_bfloat16_on_a_cpu_with_the_instructions(
+    spec_of, monkeypatch, settings, has_instructions, words
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        "server.engine.spec.can_serve_int8", lambda device: has_instructions and device == "cpu"
+    )
+    with pytest.raises(ModelError, match="quantization 'int8'") as refused:
+        spec_of(quantization="int8", **settings)
+    for word in [*words, "use 'none'"]:
+        assert word in str(refused.value)
+
+
+def test_int8_changes_the_weights_and_not_what_adapters_are_packed_for(spec_of, monkeypatch):
+    monkeypatch.setattr("server.engine.spec.can_serve_int8", lambda device: device == "cpu")
+    plain = spec_of(dtype="bfloat16")
+    quantised = spec_of(dtype="bfloat16", quantization="int8")
+    assert (plain.int8, quantised.int8) == (False, True)
+    assert quantised.layout == plain.layout
+    assert quantised.page_bytes == plain.page_bytes
+
+
 def test_the_pool_has_the_pages_that_its_bytes_hold(spec_of):
     spec = spec_of(dtype="float32", pool_bytes=10 * 4096 + 1, block_size=8)
     assert spec.num_pages() == 10 * 4096 // spec.page_bytes

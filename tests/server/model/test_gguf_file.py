@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
 import transformers
 
 import kernels.reference as reference
-from server.model.config import ModelError
+from server.model.config import ModelError, read_model_config
 from server.model.decoder import Decoder
 from server.model.gguf_file import GgufFile
 from server.model.source import resolve_source
 from server.model.weights import load_model
 
 MODELS = {"smollm2_tied": "llama", "llama_all_biases": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-QUANTISATIONS = ["F32", "F16", "Q8_0", "Q5_0"]
+QUANTISATIONS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_0"]
 
 
 def permuted(weights, num_heads):
@@ -170,11 +174,39 @@ def test_the_config_is_read_from_the_metadata(tiny_model, tmp_path):
     assert not config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("name", [*sorted(MODELS), "qwen2_yarn_tied"])
+def test_the_config_is_that_of_the_directory(name, tiny_model, tmp_path):
+    tiny, arch, extra = tiny_model(name), name.split("_")[0].replace("smollm2", "llama"), {}
+    if "yarn" in name:
+        extra = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+        extra["rope.scaling.original_context_length"] = 32
+    write_gguf(tmp_path / "tiny.gguf", tiny.model, arch, extra=extra)
+    expected = read_model_config(tiny.directory, "tiny")
+    found = GgufFile(tmp_path / "tiny.gguf").config("tiny")
+    assert found.rms_norm_eps == pytest.approx(expected.rms_norm_eps)  # fp32 in the file
+    same = {"rms_norm_eps": expected.rms_norm_eps, "eos_token_ids": expected.eos_token_ids}
+    assert replace(found, **same) == expected
+
+
+def test_reading_a_plain_file_leaves_transformers_and_gguf_alone():
+    script = (
+        "import sys; from server.model.gguf_file import GgufFile; "
+        "from server.model.source import resolve_source; "
+        "file = GgufFile(resolve_source('embedded').path); file.config('x'); "
+        "file.read('model.norm.weight'); file.read('model.layers.0.mlp.down_proj.weight'); "
+        "print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"transformers", "gguf"} & set(run.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"expert_count": 8}, "mixture of experts"),
         ({"attention.sliding_window": 4}, "sliding window"),
+        ({"attention.head_count_kv": 0}, r"llama\.attention\.head_count_kv = 0, not a count"),
+        ({"attention.head_count_kv": 2.5}, r"llama\.attention\.head_count_kv = 2.5, not a count"),
         ({"rope.dimension_count": 4}, r"rope\.dimension_count 4 .* 8 features"),
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rope type 'longrope'"),
         ({"rope.scaling.type": "yarn"}, r"rope\.scaling\.factor = None"),
@@ -214,7 +246,7 @@ def test_the_embedded_model_is_read_whole():
     assert (config.num_layers, config.hidden_size, config.head_dim) == (30, 576, 64)
     assert (config.num_heads, config.num_kv_heads, config.vocab_size) == (9, 3, 49152)
     assert config.eos_token_ids == (2,)
-    reader = {tensor.name: tensor for tensor in file._reader.tensors}
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(source.path).tensors}
     down = reader["blk.29.ffn_down.weight"]
     expected = torch.from_numpy(gguf.dequantize(down.data, down.tensor_type))
     assert torch.equal(file.read("model.layers.29.mlp.down_proj.weight"), expected)
