@@ -1,11 +1,13 @@
 """BGMV and SGMV: shrink and expand of the rank rows of a span, fused over its targets.
 
 A worker takes tiles of tokens of one slot. Tiles of four tokens (SGMV) read every rank row once for
-the four; single tokens (BGMV) stream each row once from memory, which is what bounds them. Both add
-in the same order, so a token's result is the same to the bit whatever else is in its segment.
+the four; single tokens (BGMV) stream each row once from memory, which is what bounds them: while a
+line is used, the same line of the adapter that comes next is asked for. Both add in the same order,
+so a token's result is the same to the bit whatever else is in its segment.
 
-Arguments named `x`, `y`, `sums` are addresses of fp32 scratch; `flat` and `out` are pointers of the
-model's type; `offsets` and `scales` are addresses in the tables of `kernels.layout.RankRows`.
+`y` is an address of fp32 scratch; `flat`, `x` and `out` are pointers of the model's type; `offsets`
+and `scales` are addresses in the tables of `kernels.layout.RankRows`; `coming` is the address of
+the offsets of the rows that come next, and how many they are.
 """
 
 from __future__ import annotations
@@ -111,15 +113,14 @@ def _expand_rest(out, at, ys, flat, offsets, b_at, num_rows, count):
 
 
 @part
-def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, num_rows, coming):
+def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, num_rows):
     """y[j, i] = scaleᵢ · (xⱼ · aᵢ) for TILE tokens of x, from x_at on, x_stride apart."""
     ys, full = f32(y), width // 32 * 32
     t1, t2, t3 = x_at + x_stride, x_at + 2 * x_stride, x_at + 3 * x_stride
     for r in range(num_rows):
-        a, n = i64(offsets)[r], _row(coming, r)
+        a = i64(offsets)[r]
         s0, s1, s2, s3 = zero(), zero(), zero(), zero()
-        for k in range(0, full, LINE):
-            prefetch(flat, n + k)
+        for k in range(0, full, 32):
             s0 = fma_pairs(flat, a + k, x, x_at + k, s0)
             s1 = fma_pairs(flat, a + k, x, t1 + k, s1)
             s2 = fma_pairs(flat, a + k, x, t2 + k, s2)
@@ -137,7 +138,7 @@ def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, n
 
 
 @part
-def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows, coming, skip):
+def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows):
     """As `_expand_one` for TILE tokens, whose rows of out lie `stride` apart."""
     y0, y1 = f32(y), f32(y + 4 * max_rows)
     y2, y3 = f32(y + 8 * max_rows), f32(y + 12 * max_rows)
@@ -147,21 +148,12 @@ def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_r
         (e0, o0), (e1, o1) = load_pair(out, p0), load_pair(out, p1)
         (e2, o2), (e3, o3) = load_pair(out, p2), load_pair(out, p3)
         for r in range(num_rows):
-            prefetch(flat, _row(coming, skip + r) + b_at + c)
             even, odd = load_pair(flat, i64(offsets)[r] + b_at + c)
             v0, v1, v2, v3 = splat(y0[r]), splat(y1[r]), splat(y2[r]), splat(y3[r])
-            e0, o0, e1, o1 = (
-                fma(v0, even, e0),
-                fma(v0, odd, o0),
-                fma(v1, even, e1),
-                fma(v1, odd, o1),
-            )
-            e2, o2, e3, o3 = (
-                fma(v2, even, e2),
-                fma(v2, odd, o2),
-                fma(v3, even, e3),
-                fma(v3, odd, o3),
-            )
+            e0, o0 = fma(v0, even, e0), fma(v0, odd, o0)
+            e1, o1 = fma(v1, even, e1), fma(v1, odd, o1)
+            e2, o2 = fma(v2, even, e2), fma(v2, odd, o2)
+            e3, o3 = fma(v3, even, e3), fma(v3, odd, o3)
         store_pair(out, p0, e0, o0)
         store_pair(out, p1, e1, o1)
         store_pair(out, p2, e2, o2)
@@ -193,7 +185,7 @@ def _add_adapter(
         return
     a, s, x_at = offsets + 8 * first, scales + 4 * first, token * x_stride
     if count == TILE:
-        _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, a, s, num_rows, coming)
+        _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, a, s, num_rows)
     else:
         for j in range(count):
             yj, xj = y + 4 * j * max_rows, x_at + j * x_stride
@@ -206,9 +198,7 @@ def _add_adapter(
         columns = i32(out_start)[t + 1] - i32(out_start)[t]
         yt, bt = y + 4 * skip, a + 8 * skip
         if count == TILE:
-            _expand_tile(
-                out, at, out_stride, columns, yt, max_rows, flat, bt, b_at, rows, coming, skip
-            )
+            _expand_tile(out, at, out_stride, columns, yt, max_rows, flat, bt, b_at, rows)
         else:
             for j in range(count):
                 place, yj = at + j * out_stride, yt + 4 * j * max_rows
@@ -233,7 +223,10 @@ def _coming(
     index = next_segment if next_segment < num_segments else segment
     slot = np.int64(i32(segment_slot)[index])
     ptr = i32(row_ptr + 4 * (slot * ptr_stride + first))
-    return row_offset + 8 * (slot * table_stride + ptr[0]), np.int64(ptr[num_targets] - ptr[0])
+    count = np.int64(ptr[num_targets] - ptr[0])
+    # a slot without rows here may begin past the end of its table
+    begin = np.int64(ptr[0]) if count > 0 else np.int64(0)
+    return row_offset + 8 * (slot * table_stride + begin), count
 
 
 @kernel
@@ -283,16 +276,9 @@ def add_adapters(
                 if tile % num_workers != worker:
                     continue
                 count = min(TILE, stop - token)
-                # the worker's next tile: in this segment, in the next one, or past the others'
-                if stop - token > TILE * num_workers:
-                    following = segment
-                elif token > i32(segment_start)[segment]:
-                    following = segment + 1
-                else:
-                    following = segment + num_workers
                 coming = _coming(
-                    following, segment, num_segments, segment_slot, row_ptr, ptr_stride, first,
-                    num_targets, row_offset, table_stride,
+                    segment + (1 if stop - token > TILE else num_workers), segment, num_segments,
+                    segment_slot, row_ptr, ptr_stride, first, num_targets, row_offset, table_stride,
                 )  # fmt: skip
                 _add_adapter(
                     elements(out, kind), out_stride, elements(x, kind), x_stride, width,
