@@ -13,7 +13,9 @@ from bench import step_profile
 from bench.engine_session import store_adapters
 from bench.held_steps import Case, HeldStep, StepEngine
 from bench.record import engine_settings
-from bench.step_profile import OPERATIONS, REST, SCHEDULE, Gemm, Round, Stopwatch
+from bench.step_check import MAX_ERROR, OPERATIONS, check
+from bench.step_profile import Gemm, Round, Stopwatch
+from bench.step_profile_table import REST, SCHEDULE, bars, report
 from server.engine import batch, runner
 from server.engine.plan import StepPlan
 from server.engine.spec import engine_spec
@@ -73,22 +75,32 @@ def test_a_pool_without_room_is_refused_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("case", [DECODE, PREFILL])
-def test_the_step_is_held_against_the_reference_kernels(engine, case):
-    assert 0 <= step_profile.check(engine, [case]) <= step_profile.MAX_ERROR
+def test_every_operation_is_held_against_the_reference_kernel(engine, case):
+    errors = check(engine, [case])
+    assert errors.keys() == set(OPERATIONS)
+    assert all(0 <= error <= MAX_ERROR for error in errors.values())
 
 
-@pytest.mark.parametrize("operation", ["silu_mul", "paged_attention"])
-def test_a_kernel_that_computes_something_else_is_not_timed(engine, operation, monkeypatch):
+@pytest.mark.parametrize("operation", ["silu_mul", "paged_attention", "rms_norm"])
+def test_a_kernel_that_returns_something_else_is_not_timed(engine, operation, monkeypatch):
     right = getattr(engine.kernels, operation)
-    monkeypatch.setattr(engine.kernels, operation, lambda *args, **more: -right(*args, **more))
-    with pytest.raises(RuntimeError, match="logits of a decode step are"):
-        step_profile.check(engine, [DECODE])
+    monkeypatch.setattr(engine.kernels, operation, lambda *args, **more: 1.1 * right(*args, **more))
+    with pytest.raises(RuntimeError, match=rf"{operation} is 0\.1\d* of its size"):
+        check(engine, [DECODE])
 
 
-def test_adapters_that_are_left_out_are_noticed(engine, monkeypatch):
-    monkeypatch.setattr(engine.kernels, "add_adapters", lambda *_: None)
-    with pytest.raises(RuntimeError, match="logits of a prefill step are"):
-        step_profile.check(engine, [PREFILL])
+@pytest.mark.parametrize("operation", ["add_adapters", "rope_store_kv"])
+def test_a_kernel_that_changes_nothing_is_not_timed(engine, operation, monkeypatch):
+    monkeypatch.setattr(engine.kernels, operation, lambda *_: None)
+    with pytest.raises(RuntimeError, match=f"{operation} is "):
+        check(engine, [PREFILL])
+
+
+def test_numbers_that_are_none_are_not_timed(engine, monkeypatch):
+    right = engine.kernels.silu_mul
+    monkeypatch.setattr(engine.kernels, "silu_mul", lambda x: right(x) * float("nan"))
+    with pytest.raises(RuntimeError, match="is nan of its size"):
+        check(engine, [DECODE])
 
 
 def test_every_operation_is_timed_and_all_is_put_back(engine):
@@ -161,17 +173,17 @@ def test_shares_are_of_the_step_with_its_scheduling():
 
 def test_the_bars_are_those_of_the_base_models_decode_of_32_rows():
     rows = [scripted_row(8), scripted_row(32, 8, gemm=0.001), scripted_row(32, gemm=0.031)]
-    share, rate = step_profile.bars(rows)
+    share, rate = bars(rows)
     assert (share["value"], share["at_most"]) == (pytest.approx(1 - 0.031 / 0.040), 0.25)
     assert (rate["value"], rate["at_least"]) == (pytest.approx(27 / 31), 0.85)
     assert share["holds"]
     assert rate["holds"]
-    assert step_profile.bars(rows[:2]) == []
+    assert bars(rows[:2]) == []
 
 
 def test_a_bar_that_is_missed_is_said_to_be():
     rows = [scripted_row(32, gemm=0.028, alone=0.020)]
-    text = step_profile.report({"rows": rows, "bars": step_profile.bars(rows)})
+    text = report({"rows": rows, "bars": bars(rows)})
     assert "non-GEMM share of a 32-row decode step, base model: 0.300, at most 0.25: MISSED" in text
     assert text.endswith("base model: 0.714, at least 0.85: MISSED")
 
