@@ -264,7 +264,7 @@ def add_adapters(
         y = scratch + 4 * worker * scratch_size
         room = (y, y_size)
         span = (out_start, num_targets)
-        tile = 0
+        tile = -1
         for segment in range(num_segments):
             slot = np.int64(i32(segment_slot)[segment])
             stop = i32(segment_start)[segment + 1]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu import activation, adapters, attention, norm, prefill, rope
+from kernels.cpu import activation, adapters, attention, decode, norm, prefill, rope
 from kernels.cpu.runtime import has_features, workers
 from kernels.layout import AdapterIndex, AttentionIndex, RankRows, TargetSpan
 
@@ -104,23 +104,32 @@ def paged_attention(
         index.block_table.shape[1], scale, window,
     )  # fmt: skip
     has_pairs = qkv.dtype == torch.bfloat16 and has_features("avx512bf16")
-    if has_pairs and prefill.can_attend(head_dim) and len(index.prefill):
-        size = prefill.scratch_bytes_for(num_heads // num_kv_heads, head_dim)
-        scratch = torch.empty(num_workers * size + CACHE_LINE, dtype=torch.uint8)
-        address = -(-scratch.data_ptr() // CACHE_LINE) * CACHE_LINE
-        # Few queries: smaller tiles, so that every worker has some.
-        num_queries = qkv.shape[0] - len(index.decode)
-        each = min(max(-(-num_queries // num_workers), 8), prefill.QUERIES)
-        prefill.prefill(
-            *where, index.prefill.data_ptr(), len(index.prefill), *steps, address, size, each,
-            num_workers,
-        )  # fmt: skip
-        functions = [(attention.decode, index.decode)]
-    else:
-        functions = [(attention.decode, index.decode), (attention.prefill, index.prefill)]
+    if has_pairs and prefill.can_attend(head_dim):
+        group = num_heads // num_kv_heads
+        if num_sequences := len(index.prefill):
+            size = prefill.scratch_bytes_for(group, head_dim)
+            # Few queries: smaller tiles, so that every worker has some.
+            num_queries = qkv.shape[0] - len(index.decode)
+            each = min(max(-(-num_queries // num_workers), 8), prefill.QUERIES)
+            scratch, address = _lines(num_workers * size)
+            prefill.prefill(
+                *where, index.prefill.data_ptr(), num_sequences, *steps, address, size, each,
+                num_workers,
+            )  # fmt: skip
+        if num_sequences := len(index.decode):
+            size = decode.scratch_bytes_for(num_heads, head_dim)
+            scratch, address = _lines(num_workers * size)
+            decode.decode(
+                *where, index.decode.data_ptr(), num_sequences, *steps, address, size,
+                num_workers,
+            )  # fmt: skip
+        return out
     elements = attention.scratch_elements(num_heads, num_kv_heads, head_dim)
     scratch = torch.empty(num_workers, elements)
-    for function, sequences in functions:
+    for function, sequences in (
+        (attention.decode, index.decode),
+        (attention.prefill, index.prefill),
+    ):
         if len(sequences):
             function(
                 *where, sequences.data_ptr(), len(sequences), *steps, scratch.data_ptr(), elements,
@@ -170,6 +179,12 @@ def add_adapters(
         scratch.shape[1],
         num_workers,
     )
+
+
+def _lines(num_bytes: int) -> tuple[Tensor, int]:
+    """Scratch, and an address in it that begins a cache line."""
+    scratch = torch.empty(num_bytes + CACHE_LINE, dtype=torch.uint8)
+    return scratch, -(-scratch.data_ptr() // CACHE_LINE) * CACHE_LINE
 
 
 @functools.lru_cache

@@ -112,7 +112,7 @@ def _add_values(sums, tile, weights, values, begin, num_rows, dim, kind):
 
 
 @part
-def _weigh(scores, weights, m, l, sums, row, low, high, dim, kind):
+def weigh(scores, weights, m, l, sums, row, low, high, dim, kind):
     """Turn a row's scores of keys low .. high into weights, rounded; rescale its l and sums."""
     own, place = f32(scores + 4 * row * KEYS), elements(weights + 2 * row * KEYS, kind)
     for j in range(low):
@@ -166,7 +166,7 @@ def _tile(
             for r in range(row, row + rows):
                 newest = position + r // group
                 low = newest - window + 1 if window > 0 else 0
-                _weigh(
+                weigh(
                     scores, weights, m, l, sums, r, max(0, low - first),
                     min(count, newest + 1 - first), dim, kind,
                 )  # fmt: skip

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 NUM_CANDIDATES = 256
 """Most probable tokens that are sorted first; all are where top-k, top-p and min-p leave more."""
 
+GREEDY_BLOCK = 128
+"""Tokens of a block of the vocabulary in the search for the largest logit on a CPU."""
+
 
 class Draw(NamedTuple):
     """How one row of logits becomes a token."""
@@ -47,7 +50,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
     if not draws:
         return []
     if not any(s.temperature > 0 or s.num_logprobs is not None for s, _ in draws):
-        return [SampledToken(token_id) for token_id in logits.argmax(dim=-1).tolist()]
+        return [SampledToken(token_id) for token_id in _most_probable(logits).tolist()]
     tokens, unsettled = _sample(logits, draws, NUM_CANDIDATES)
     if unsettled:
         rows = _upload(unsettled, logits.device)
@@ -100,7 +103,7 @@ def _choose(logits: Tensor, draws: Sequence[Draw], num_candidates: int) -> tuple
     if sum(map(len, groups.values())) == num_rows:  # nothing is greedy
         token_ids = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
     else:
-        token_ids = logits.argmax(dim=-1)
+        token_ids = _most_probable(logits)
     unsettled = torch.zeros(num_rows, dtype=torch.bool, device=logits.device)
     for count, group in groups.items():
         by = to_device(_parameters(group, [draws[n] for n in group], vocab), logits.device)
@@ -108,6 +111,21 @@ def _choose(logits: Tensor, draws: Sequence[Draw], num_candidates: int) -> tuple
         token_ids.index_copy_(0, by["rows"], drawn)
         unsettled.index_copy_(0, by["rows"], is_unsettled)
     return token_ids, unsettled
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """The first index of each row's largest logit, [N] int64.
+
+    On a CPU torch looks for the index without vector instructions: it is left with one block of
+    the vocabulary, found by the blocks' maxima, and takes a fifth of the time.
+    """
+    num_rows, vocab = logits.shape
+    if logits.device.type != "cpu" or vocab % GREEDY_BLOCK:
+        return logits.argmax(dim=-1)
+    blocks = logits.view(num_rows, -1, GREEDY_BLOCK)
+    best = blocks.amax(dim=-1).argmax(dim=-1)  # [N]
+    inside = blocks[torch.arange(num_rows), best].argmax(dim=-1)
+    return best * GREEDY_BLOCK + inside
 
 
 def _num_sorted(sampling: Sampling, num_candidates: int) -> int:

@@ -240,7 +240,7 @@ def test_a_batch_whose_decodes_are_replayed_says_the_same(tiny_llama, truth, tmp
         name = request.adapter.digest if request.adapter else None
         assert_true(request, events[request.request_id], truth(name, engine.layout))
     engine.adapters.close()
-    assert engine.num_replays >= 7, "nothing was replayed"
+    assert engine.num_replays > 0, "nothing was replayed"
 
 
 def test_preempted_sequences_say_the_same(tiny_llama, truth, tmp_path):

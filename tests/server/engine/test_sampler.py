@@ -290,3 +290,13 @@ def test_a_top_k_beyond_the_vocabulary_is_all_of_it(top_k):
     draws = [Draw(sampling_of(1.5, top_k=k, seed=n), n) for n in range(20) for k in (VOCAB, top_k)]
     tokens = sample(logits.expand(len(draws), -1), draws)
     assert tokens[::2] == tokens[1::2]
+
+
+@pytest.mark.parametrize("vocab", [384, 300])
+def test_greedy_takes_the_first_of_equal_logits(vocab):
+    logits = torch.randn(9, vocab)
+    for row, at in enumerate((0, 1, 127, 128, 129, 255, 256, 298, 299)):
+        logits[row, at:] = torch.where(torch.rand(vocab - at) < 0.1, 50.0, 1.0)
+        logits[row, at] = 50.0
+    tokens = sample(logits, [Draw(sampling_of(0.0), 0)] * 9)
+    assert [t.token_id for t in tokens] == [0, 1, 127, 128, 129, 255, 256, 298, 299]
