@@ -1,9 +1,9 @@
 """BGMV and SGMV: shrink and expand of the rank rows of a span, fused over its targets.
 
-A worker takes tiles of tokens of one slot. Tiles of four tokens (SGMV) read every rank row once for
-the four; single tokens (BGMV) stream each row once from memory, which is what bounds them: while a
-line is used, the same line of the adapter that comes next is asked for. Both add in the same order,
-so a token's result is the same to the bit whatever else is in its segment.
+A worker takes tiles of tokens of one slot. Tiles of two to four tokens (SGMV) read every rank row
+once for all; single tokens (BGMV) stream each row once from memory, which is what bounds them:
+while a line is used, the same line of the adapter that comes next is asked for. Both add in the
+same order, so a token's result is the same to the bit whatever else is in its segment.
 
 `y` is an address of fp32 scratch; `flat`, `x` and `out` are pointers of the model's type; `offsets`
 and `scales` are addresses in the tables of `kernels.layout.RankRows`; `coming` is the address of
@@ -24,13 +24,16 @@ from kernels.cpu.simd import (
     fma_pairs,
     i32,
     i64,
+    load_four,
     load_pair,
     load_part,
+    mul,
     prefetch,
     splat,
+    store,
     store_pair,
     store_part,
-    total,
+    total_each,
     zero,
 )
 
@@ -70,10 +73,8 @@ def _shrink_one(y, x, x_at, width, flat, offsets, scales, num_rows, coming):
             s1 = fma(v, load_part(flat, a1 + k, n), s1)
             s2 = fma(v, load_part(flat, a2 + k, n), s2)
             s3 = fma(v, load_part(flat, a3 + k, n), s3)
-        f32(y)[r3] = total(s3) * f32(scales)[r3]
-        f32(y)[r2] = total(s2) * f32(scales)[r2]
-        f32(y)[r1] = total(s1) * f32(scales)[r1]
-        f32(y)[r] = total(s0) * f32(scales)[r]
+        totals = mul(total_each((s0, s1, s2, s3)), load_four(f32(scales), r, num_rows - r))
+        store_part(f32(y), r, totals, 4)
 
 
 @part
@@ -113,57 +114,74 @@ def _expand_rest(out, at, ys, flat, offsets, b_at, num_rows, count):
 
 
 @part
-def _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, offsets, scales, num_rows):
-    """y[j, i] = scaleᵢ · (xⱼ · aᵢ) for TILE tokens of x, from x_at on, x_stride apart."""
-    ys, full = f32(y), width // 32 * 32
-    t1, t2, t3 = x_at + x_stride, x_at + 2 * x_stride, x_at + 3 * x_stride
-    for r in range(num_rows):
-        a = i64(offsets)[r]
-        s0, s1, s2, s3 = zero(), zero(), zero(), zero()
-        for k in range(0, full, 32):
-            s0 = fma_pairs(flat, a + k, x, x_at + k, s0)
-            s1 = fma_pairs(flat, a + k, x, t1 + k, s1)
-            s2 = fma_pairs(flat, a + k, x, t2 + k, s2)
-            s3 = fma_pairs(flat, a + k, x, t3 + k, s3)
-        for k in range(full, width, 16):
-            n = min(16, width - k)
-            row = load_part(flat, a + k, n)
-            s0 = fma(load_part(x, x_at + k, n), row, s0)
-            s1 = fma(load_part(x, t1 + k, n), row, s1)
-            s2 = fma(load_part(x, t2 + k, n), row, s2)
-            s3 = fma(load_part(x, t3 + k, n), row, s3)
-        scale = f32(scales)[r]
-        ys[r], ys[max_rows + r] = total(s0) * scale, total(s1) * scale
-        ys[2 * max_rows + r], ys[3 * max_rows + r] = total(s2) * scale, total(s3) * scale
+def _shrink_tile(y, x, tokens, width, flat, offsets, scales, num_rows):
+    """y[i // 4, j, i % 4] = scaleᵢ · (xⱼ · aᵢ) for TILE tokens, which begin at x[tokens[j]].
+
+    Four rows by four tokens in 16 registers. The width is whole lines.
+    """
+    t0, t1, t2, t3 = tokens
+    last = num_rows - 1
+    for r in range(0, num_rows, 4):
+        a, b = i64(offsets)[r], i64(offsets)[min(r + 1, last)]
+        c, d = i64(offsets)[min(r + 2, last)], i64(offsets)[min(r + 3, last)]
+        a0, b0, c0, d0 = zero(), zero(), zero(), zero()
+        a1, b1, c1, d1 = zero(), zero(), zero(), zero()
+        a2, b2, c2, d2 = zero(), zero(), zero(), zero()
+        a3, b3, c3, d3 = zero(), zero(), zero(), zero()
+        for k in range(0, width, LINE):
+            a0 = fma_pairs(flat, a + k, x, t0 + k, a0)
+            b0 = fma_pairs(flat, b + k, x, t0 + k, b0)
+            c0 = fma_pairs(flat, c + k, x, t0 + k, c0)
+            d0 = fma_pairs(flat, d + k, x, t0 + k, d0)
+            a1 = fma_pairs(flat, a + k, x, t1 + k, a1)
+            b1 = fma_pairs(flat, b + k, x, t1 + k, b1)
+            c1 = fma_pairs(flat, c + k, x, t1 + k, c1)
+            d1 = fma_pairs(flat, d + k, x, t1 + k, d1)
+            a2 = fma_pairs(flat, a + k, x, t2 + k, a2)
+            b2 = fma_pairs(flat, b + k, x, t2 + k, b2)
+            c2 = fma_pairs(flat, c + k, x, t2 + k, c2)
+            d2 = fma_pairs(flat, d + k, x, t2 + k, d2)
+            a3 = fma_pairs(flat, a + k, x, t3 + k, a3)
+            b3 = fma_pairs(flat, b + k, x, t3 + k, b3)
+            c3 = fma_pairs(flat, c + k, x, t3 + k, c3)
+            d3 = fma_pairs(flat, d + k, x, t3 + k, d3)
+        sums = (a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3)
+        store(f32(y), 4 * r, mul(total_each(sums), load_four(f32(scales), r, num_rows - r)))
 
 
 @part
-def _expand_tile(out, at, stride, width, y, max_rows, flat, offsets, b_at, num_rows):
-    """As `_expand_one` for TILE tokens, whose rows of out lie `stride` apart."""
-    y0, y1 = f32(y), f32(y + 4 * max_rows)
-    y2, y3 = f32(y + 8 * max_rows), f32(y + 12 * max_rows)
-    whole = width // LINE * LINE
+def _expand_tile(out, places, width, y, skip, flat, offsets, b_at, num_rows):
+    """As `_expand_one` for TILE tokens, whose columns of out begin at places[j].
+
+    y as `_shrink_tile` leaves it, from row `skip` on.
+    """
+    at0, at1, at2, at3 = places
+    ys, whole = f32(y), width // LINE * LINE
     for c in range(0, whole, LINE):
-        p0, p1, p2, p3 = at + c, at + c + stride, at + c + 2 * stride, at + c + 3 * stride
-        (e0, o0), (e1, o1) = load_pair(out, p0), load_pair(out, p1)
-        (e2, o2), (e3, o3) = load_pair(out, p2), load_pair(out, p3)
+        (e0, o0), (e1, o1) = load_pair(out, at0 + c), load_pair(out, at1 + c)
+        (e2, o2), (e3, o3) = load_pair(out, at2 + c), load_pair(out, at3 + c)
         for r in range(num_rows):
             even, odd = load_pair(flat, i64(offsets)[r] + b_at + c)
-            v0, v1, v2, v3 = splat(y0[r]), splat(y1[r]), splat(y2[r]), splat(y3[r])
+            n = skip + r
+            n += n // 4 * 12
+            v0, v1, v2, v3 = splat(ys[n]), splat(ys[n + 4]), splat(ys[n + 8]), splat(ys[n + 12])
             e0, o0 = fma(v0, even, e0), fma(v0, odd, o0)
             e1, o1 = fma(v1, even, e1), fma(v1, odd, o1)
             e2, o2 = fma(v2, even, e2), fma(v2, odd, o2)
             e3, o3 = fma(v3, even, e3), fma(v3, odd, o3)
-        store_pair(out, p0, e0, o0)
-        store_pair(out, p1, e1, o1)
-        store_pair(out, p2, e2, o2)
-        store_pair(out, p3, e3, o3)
-    for c in range(whole, width, 16):
-        for j in range(TILE):
-            _expand_rest(
-                out, at + c + j * stride, f32(y + 4 * j * max_rows), flat, offsets, b_at + c,
-                num_rows, min(16, width - c),
-            )  # fmt: skip
+        store_pair(out, at0 + c, e0, o0)
+        store_pair(out, at1 + c, e1, o1)
+        store_pair(out, at2 + c, e2, o2)
+        store_pair(out, at3 + c, e3, o3)
+
+
+@part
+def _in_lines(width, out_start, num_targets):
+    """Whether inputs and columns of all targets come in whole lines; else tokens go one by one."""
+    rest = width % LINE
+    for t in range(1, num_targets + 1):
+        rest += i32(out_start)[t] % LINE
+    return rest == 0
 
 
 @part
@@ -183,25 +201,30 @@ def _add_adapter(
     num_rows = i32(row_ptr)[num_targets] - first
     if num_rows == 0:
         return
-    a, s, x_at = offsets + 8 * first, scales + 4 * first, token * x_stride
-    if count == TILE:
-        _shrink_tile(y, max_rows, x, x_at, x_stride, width, flat, a, s, num_rows)
+    a, s, b_at = offsets + 8 * first, scales + 4 * first, (width + 7) // 8 * 8
+    # the last token stands for those that the tile lacks: the same result is stored again
+    j1, j2, j3 = min(1, count - 1), min(2, count - 1), min(3, count - 1)
+    is_tile = count > 1 and _in_lines(width, out_start, num_targets)
+    if is_tile:
+        t0, t1 = token * x_stride, (token + j1) * x_stride
+        tokens = (t0, t1, (token + j2) * x_stride, (token + j3) * x_stride)
+        _shrink_tile(y, x, tokens, width, flat, a, s, num_rows)
     else:
         for j in range(count):
-            yj, xj = y + 4 * j * max_rows, x_at + j * x_stride
+            yj, xj = y + 4 * j * max_rows, (token + j) * x_stride
             _shrink_one(yj, x, xj, width, flat, a, s, num_rows, coming)
-    b_at = (width + 7) // 8 * 8
     for t in range(num_targets):
         skip = i32(row_ptr)[t] - first
         rows = i32(row_ptr)[t + 1] - first - skip
         at = token * out_stride + i32(out_start)[t]
         columns = i32(out_start)[t + 1] - i32(out_start)[t]
-        yt, bt = y + 4 * skip, a + 8 * skip
-        if count == TILE:
-            _expand_tile(out, at, out_stride, columns, yt, max_rows, flat, bt, b_at, rows)
+        bt = a + 8 * skip
+        if is_tile:
+            places = (at, at + j1 * out_stride, at + j2 * out_stride, at + j3 * out_stride)
+            _expand_tile(out, places, columns, y, skip, flat, bt, b_at, rows)
         else:
             for j in range(count):
-                place, yj = at + j * out_stride, yt + 4 * j * max_rows
+                place, yj = at + j * out_stride, y + 4 * (skip + j * max_rows)
                 _expand_one(out, place, columns, yj, flat, bt, b_at, rows, coming, skip)
 
 

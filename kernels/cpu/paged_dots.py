@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.cpu.simd import LANES, LINE, BFloat, f32x16
+from kernels.cpu.simd import LANES, LINE, QUARTERS, BFloat, emit_totals, f32x16, shuffle
 
 MAX_ROWS = 4
 """Rows that `add_values` sums at once: 2 vectors of sums for each, beside the values."""
@@ -24,9 +24,6 @@ _SUMS = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 _HALVES = ir.VectorType(_I16, 2 * LANES)
 _WORDS = ir.VectorType(_I32, LANES)
-
-_QUARTERS = [range(n, n + 4) for n in range(0, LANES, 4)]
-"""The lanes of each part of 128 bits, within which shuffles are cheap."""
 
 
 def _integer(value: int) -> Any:
@@ -49,36 +46,6 @@ def _dot(builder: Any, sums: Any, x: Any, y: Any) -> Any:
     kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [sums, x, y])
-
-
-def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-
-def _sum_two(builder: Any, a: Any, b: Any, first: list[int], second: list[int]) -> Any:
-    """Half of the lanes of a and of b, plus the other half."""
-    return builder.fadd(_shuffle(builder, a, b, first), _shuffle(builder, a, b, second))
-
-
-def _totals(builder: Any, vectors: list[Any]) -> Any:
-    """Lane n = the sum of the lanes of vectors[n], n < 16."""
-    tree = [
-        # lanes 0 1 | 2 3 of a quarter, of a and b in turn; then the pairs of two such
-        ([lane for q in _QUARTERS for lane in (q[0], 16 + q[0], q[1], 16 + q[1])],
-         [lane for q in _QUARTERS for lane in (q[2], 16 + q[2], q[3], 16 + q[3])]),
-        ([lane for q in _QUARTERS for lane in (q[0], q[1], 16 + q[0], 16 + q[1])],
-         [lane for q in _QUARTERS for lane in (q[2], q[3], 16 + q[2], 16 + q[3])]),
-        # whole quarters: 0 1 of a and of b, plus 2 3; then 0 2, plus 1 3
-        ([*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]),
-        ([*_QUARTERS[0], *_QUARTERS[2], *range(16, 20), *range(24, 28)],
-         [*_QUARTERS[1], *_QUARTERS[3], *range(20, 24), *range(28, 32)]),
-    ]  # fmt: skip
-    for first, second in tree:
-        vectors = [
-            _sum_two(builder, *vectors[n : n + 2], first, second) for n in range(0, len(vectors), 2)
-        ]
-    (result,) = vectors
-    return result
 
 
 @intrinsic
@@ -113,7 +80,7 @@ def score_keys(
         after = builder.append_basic_block("totals")
         builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
         builder.position_at_end(after)
-        return _totals(builder, results)
+        return emit_totals(builder, results)
 
     integer = types.int64
     return f32x16(kv, integer, integer, queries, integer, integer), codegen
@@ -129,7 +96,7 @@ def _interleaved(builder: Any, a: Any, b: Any) -> list[Any]:
             for k in range(4)
             for r in (0, 1)
         ]
-        vectors.append(builder.bitcast(_shuffle(builder, a, b, order), _PAIRS))
+        vectors.append(builder.bitcast(shuffle(builder, a, b, order), _PAIRS))
     return vectors
 
 
@@ -171,7 +138,7 @@ def _emit_values(builder: Any, num_rows: int, args: Any, done: Any) -> None:
         word = builder.load(_pointer(builder, weights_at, place, _I32), align=2)
         undefined = ir.Constant(_WORDS, ir.Undefined)
         single = builder.insert_element(undefined, word, ir.Constant(_I32, 0))
-        weight = builder.bitcast(_shuffle(builder, single, undefined, [0] * LANES), _PAIRS)
+        weight = builder.bitcast(shuffle(builder, single, undefined, [0] * LANES), _PAIRS)
         results.append([_dot(builder, s, v, weight) for s, v in zip(row, values, strict=True)])
     following = builder.add(pair, _integer(1))
     pair.add_incoming(following, loop)
@@ -231,9 +198,9 @@ def in_order(typingctx: Any, first: Any, second: Any) -> Any:
     """The 32 columns that `add_values` summed, in their order, as two vectors."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        halves = (_QUARTERS[:2], _QUARTERS[2:])
+        halves = (QUARTERS[:2], QUARTERS[2:])
         orders = [[lane + n for q in half for n in (0, LANES) for lane in q] for half in halves]
-        parts = [_shuffle(builder, *args, order) for order in orders]
+        parts = [shuffle(builder, args[0], args[1], order) for order in orders]
         return context.make_tuple(builder, signature.return_type, parts)
 
     return types.UniTuple(f32x16, 2)(f32x16, f32x16), codegen

@@ -364,6 +364,40 @@ def maximum(typingctx: Any, a: Any, b: Any) -> Any:
     return f32x16(f32x16, f32x16), codegen
 
 
+QUARTERS = [range(n, n + 4) for n in range(0, LANES, 4)]
+"""The lanes of each part of 128 bits, within which shuffles are cheap."""
+
+_SUM_TREE = [
+    # in each quarter 0 1 of a and of b in turn, plus 2 3; then the pairs of two such
+    [[lane for q in QUARTERS for i in pair for lane in (q[i], LANES + q[i])]
+     for pair in ((0, 1), (2, 3))],
+    [[lane for q in QUARTERS for lane in (q[i], q[i + 1], LANES + q[i], LANES + q[i + 1])]
+     for i in (0, 2)],
+    # quarters 0 1 of a and of b, plus 2 3; then 0 2, plus 1 3
+    [[n + lane for n in (0, LANES) for lane in range(first, first + 8)] for first in (0, 8)],
+    [[n + lane for n in (0, LANES) for q in (i, i + 2) for lane in QUARTERS[q]] for i in (0, 1)],
+]  # fmt: skip
+"""Lanes to take of two vectors, twice, and to add: four times, and 16 vectors are one of totals."""
+
+
+def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Emit the lanes of a, then of b, that are named."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def emit_totals(builder: Any, vectors: list[Any]) -> Any:
+    """Emit a vector whose lane n is the sum of the lanes of vectors[n], n < 16.
+
+    One by one the sums would take four times the operations; every sum is taken in one order.
+    """
+    for first, second in _SUM_TREE:
+        vectors = [
+            builder.fadd(shuffle(builder, a, b, first), shuffle(builder, a, b, second))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    return vectors[0]
+
+
 @intrinsic
 def total(typingctx: Any, a: Any) -> Any:
     """The sum of the lanes."""
@@ -373,6 +407,37 @@ def total(typingctx: Any, a: Any) -> Any:
         return _call(builder, "llvm.vector.reduce.fadd.v16f32", _FLOAT, [zero, args[0]], fast=True)
 
     return types.float32(f32x16), codegen
+
+
+@intrinsic
+def total_each(typingctx: Any, vectors: Any) -> Any:
+    """A tuple of 4 vectors to one: lane n = the sum of the lanes of vectors[n mod 4]; of 16: n."""
+    count = len(vectors)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        parts = [builder.extract_value(args[0], n) for n in range(count)]
+        return emit_totals(builder, parts * (LANES // count))
+
+    return f32x16(vectors), codegen
+
+
+@intrinsic
+def load_four(typingctx: Any, pointer: Any, index: Any, count: Any) -> Any:
+    """fp32 pointer[index .. index + count], count up to 4, four times over; zero from it on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        four = ir.VectorType(_FLOAT, 4)
+        lanes = ir.Constant(ir.VectorType(_I32, 4), [0, 1, 2, 3])
+        limit = shuffle(builder, _splat(builder, builder.trunc(args[2], _I32), _BITS),
+                        ir.Constant(_BITS, ir.Undefined), [0, 1, 2, 3])  # fmt: skip
+        mask = builder.icmp_signed("<", lanes, limit)
+        source = _element_pointer(builder, args[0], args[1], four)
+        align = ir.Constant(_I32, 4)
+        value = _call(builder, "llvm.masked.load.v4f32.p0", four,
+                      [source, align, mask, ir.Constant(four, None)])  # fmt: skip
+        return shuffle(builder, value, value, [0, 1, 2, 3] * 4)
+
+    return f32x16(types.CPointer(types.float32), types.int64, types.int64), codegen
 
 
 @intrinsic
