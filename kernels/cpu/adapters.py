@@ -150,16 +150,20 @@ def _shrink_tile(y, x, tokens, width, flat, offsets, scales, num_rows):
 
 
 @part
-def _expand_tile(out, places, width, y, skip, flat, offsets, b_at, num_rows):
+def _expand_tile(out, places, width, y, skip, flat, offsets, b_at, num_rows, ahead):
     """As `_expand_one` for TILE tokens, whose columns of out begin at places[j].
 
-    y as `_shrink_tile` leaves it, from row `skip` on.
+    y as `_shrink_tile` leaves it, from row `skip` on; ahead: how far the worker's next tile lies.
     """
     at0, at1, at2, at3 = places
     ys, whole = f32(y), width // LINE * LINE
     for c in range(0, whole, LINE):
         (e0, o0), (e1, o1) = load_pair(out, at0 + c), load_pair(out, at1 + c)
         (e2, o2), (e3, o3) = load_pair(out, at2 + c), load_pair(out, at3 + c)
+        prefetch(out, at0 + c + ahead)
+        prefetch(out, at1 + c + ahead)
+        prefetch(out, at2 + c + ahead)
+        prefetch(out, at3 + c + ahead)
         for r in range(num_rows):
             even, odd = load_pair(flat, i64(offsets)[r] + b_at + c)
             n = skip + r
@@ -187,13 +191,13 @@ def _in_lines(width, out_start, num_targets):
 @part
 def _add_adapter(
     out, out_stride, x, x_stride, width, flat, token, count, row_ptr, offsets, scales, span, coming,
-    scratch,
+    ahead, scratch,
 ):  # fmt: skip
     """Add one slot's adapter to tokens token .. token + count, count ≤ TILE.
 
     row_ptr: address of the slot's entry for the span's first target; span: address and number of
-    targets of out_start; coming: the rows that the worker reads next; scratch: address of y
-    [TILE, max_rows], and max_rows.
+    targets of out_start; coming: the rows that the worker reads next; ahead: tokens from here to
+    its next tile; scratch: address of y [TILE, max_rows], and max_rows.
     """
     out_start, num_targets = span
     y, max_rows = scratch
@@ -221,7 +225,7 @@ def _add_adapter(
         bt = a + 8 * skip
         if is_tile:
             places = (at, at + j1 * out_stride, at + j2 * out_stride, at + j3 * out_stride)
-            _expand_tile(out, places, columns, y, skip, flat, bt, b_at, rows)
+            _expand_tile(out, places, columns, y, skip, flat, bt, b_at, rows, ahead * out_stride)
         else:
             for j in range(count):
                 place, yj = at + j * out_stride, y + 4 * (skip + j * max_rows)
@@ -305,5 +309,6 @@ def add_adapters(
                 )  # fmt: skip
                 _add_adapter(
                     elements(out, kind), out_stride, elements(x, kind), x_stride, width,
-                    elements(flat, kind), token, count, ptr, offsets, scales, span, coming, room,
+                    elements(flat, kind), token, count, ptr, offsets, scales, span, coming,
+                    TILE * num_workers, room,
                 )  # fmt: skip

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.cpu.simd import LANES, BFloat, f32x16
+from kernels.cpu.simd import LANES, BFloat, f32x16, shuffle
 
 TILE_ROWS = 12
 """Rows that are summed at once: with 2 vectors of columns, 24 of the 32 registers hold sums."""
@@ -219,3 +219,37 @@ def store_interleaved(
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, pointer, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_transposed(
+    typingctx: Any, panel: Any, column: Any, source: Any, places: Any, first: Any
+) -> Any:
+    """panel[i, column + n] = pair first + i of bf16 at source[places[n]:], i and n < 16.
+
+    panel: address of int32 [16, PANEL], one for each pair; source: address of bf16; places: address
+    of int64 [16]. In registers, by swaps of ever smaller blocks.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, at, base, table, skip = args
+        lanes = ir.VectorType(_I32, LANES)
+        vectors = []
+        for n in range(LANES):
+            place = builder.load(_pointer(builder, table, _integer(8 * n), _I64), align=8)
+            pairs = builder.add(builder.mul(place, _integer(2)), builder.mul(skip, _integer(4)))
+            vectors.append(builder.load(_pointer(builder, base, pairs, lanes), align=2))
+        for size in (8, 4, 2, 1):
+            upper = [n if n & size == 0 else LANES + n - size for n in range(LANES)]
+            lower = [n + size if n & size == 0 else LANES + n for n in range(LANES)]
+            for n in (n for n in range(LANES) if n & size == 0):
+                a, b = vectors[n], vectors[n + size]
+                vectors[n], vectors[n + size] = (
+                    shuffle(builder, a, b, order) for order in (upper, lower)
+                )
+        for i, vector in enumerate(vectors):
+            offset = builder.mul(builder.add(at, _integer(PANEL * i)), _integer(4))
+            builder.store(vector, _pointer(builder, target, offset, lanes), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen

@@ -11,9 +11,10 @@ import numpy as np
 from numba import prange
 
 from kernels.cpu.attention import KEYS, MASKED, find_places
-from kernels.cpu.dots import PANEL, TILE_ROWS, store_interleaved, tile_dots
+from kernels.cpu.dots import PANEL, TILE_ROWS, store_interleaved, store_transposed, tile_dots
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
+    LANES,
     add,
     elements,
     exp,
@@ -71,15 +72,13 @@ def _begin_rows(queries, sums, m, l, qkv, at, row_size, dim, num_rows, group, ki
 def _pack_round(keys, values, kv, places, values_at, dim, kind):
     """Keys to panels [KEYS / 32, dim / 2, 32, 2], values to [dim / 32, KEYS / 2, 32, 2]."""
     flat = elements(kv, kind)
+    for j in range(0, KEYS, LANES):
+        for i in range(0, dim // 2, LANES):
+            place = (j // PANEL * dim // 2 + i) * PANEL
+            store_transposed(keys + 4 * place, j % PANEL, kv, places + 8 * j, i)
     for j in range(0, KEYS, 2):
-        at, next_at = i64(places)[j], i64(places)[j + 1]
-        low, high = i32(kv + 2 * at), i32(kv + 2 * next_at)
-        panel = i32(keys + j // PANEL * dim * PANEL * 2)
-        for i in range(dim // 2):
-            panel[i * PANEL + j % PANEL] = low[i]
-            panel[i * PANEL + j % PANEL + 1] = high[i]
-        at, next_at = at + values_at, next_at + values_at
-        for i in range(0, dim, 16):
+        at, next_at = i64(places)[j] + values_at, i64(places)[j + 1] + values_at
+        for i in range(0, dim, LANES):
             place = i // PANEL * KEYS // 2 * PANEL + j // 2 * PANEL + i % PANEL
             store_interleaved(values, place, flat, at + i, next_at + i)
 
