@@ -43,7 +43,7 @@ TILE = 4
 
 @part
 def _row(rows, index):
-    """Where row `index` of rows lies, or its last one; rows: address of offsets, and how many."""
+    """Where row `index` of those that come next lies, or the last one."""
     return i64(rows[0])[max(0, min(index, rows[1] - 1))]
 
 
