@@ -13,6 +13,7 @@ from numba import prange
 from kernels.cpu.dots import PANEL, TILE_ROWS, load_counts, store_int8, tile_dots
 from kernels.cpu.runtime import kernel, part
 from kernels.cpu.simd import (
+    LINE,
     add,
     elements,
     f32,
@@ -24,6 +25,7 @@ from kernels.cpu.simd import (
     load_part,
     maximum,
     mul,
+    prefetch,
     round_to_int,
     splat,
     store,
@@ -41,7 +43,7 @@ INT8_ZERO = 128
 
 
 @part
-def _ahead(panel, panel_bytes, tile, num_tiles, reads, place, worker_stride):
+def _ahead(panel, panel_bytes, tile, num_tiles, reads, place, stride):
     """What a tile asks for, of a panel's size: its address, and the place in `reads` after it.
 
     The only tile of a panel reads on from where it is; the first of several asks for the next
@@ -55,17 +57,55 @@ def _ahead(panel, panel_bytes, tile, num_tiles, reads, place, worker_stride):
         return panel + panel_bytes, place
     segment, row = place
     flat, segment_slot, num_segments, row_ptr, ptr_stride, offsets, table_stride = reads[:7]
-    first, stop, row_bytes = reads[7:]
+    first, stop, row_bytes = reads[7:10]
     if segment >= num_segments:
         return panel, place
     slot = np.int64(i32(segment_slot)[segment])
     begin = np.int64(i32(row_ptr)[slot * ptr_stride + first]) + row
     num_left = i32(row_ptr)[slot * ptr_stride + stop] - begin
     num_rows = max(1, panel_bytes // row_bytes)
-    after = (segment, row + num_rows) if num_left > num_rows else (segment + worker_stride, 0)
+    after = (segment, row + num_rows) if num_left > num_rows else (segment + stride, 0)
     if num_left <= 0:
         return panel, after
     return flat + i64(offsets)[slot * table_stride + begin] * 2, after
+
+
+@part
+def _row_table(reads, segment):
+    """Address of the offsets of a segment's rank rows, and their number."""
+    _, segment_slot, _, row_ptr, ptr_stride, offsets, table_stride, first, stop, _, _ = reads
+    slot = np.int64(i32(segment_slot)[segment])
+    begin = np.int64(i32(row_ptr)[slot * ptr_stride + first])
+    count = i32(row_ptr)[slot * ptr_stride + stop] - begin
+    return offsets + 8 * (slot * table_stride + begin), count
+
+
+@part
+def _rows_each(reads, worker, stride, num_panels):
+    """How many rank rows to ask for beside each of a worker's panels, to have asked for all."""
+    num_rows = 0
+    for segment in range(worker, reads[2], stride):
+        num_rows += _row_table(reads, segment)[1]
+    return (num_rows + num_panels - 1) // max(1, num_panels)
+
+
+@part
+def _ask_rows(place, count, reads, stride, kind):
+    """Prefetch the next `count` rank rows that this worker adds; returns the place after them."""
+    segment, row = place
+    flat, row_bytes = elements(reads[0], kind), reads[9]
+    for _ in range(count):
+        if segment >= reads[2]:
+            break
+        offsets, num_rows = _row_table(reads, segment)
+        if row < num_rows:
+            at = i64(offsets)[row]
+            for line in range(0, row_bytes // 2, LINE):
+                prefetch(flat, at + line)
+        row += 1
+        if row >= num_rows:
+            segment, row = segment + stride, 0
+    return segment, row
 
 
 @part
@@ -132,18 +172,22 @@ def multiply(
     num_panels, panel_bytes = (num_outputs + PANEL - 1) // PANEL, width * PANEL * 2
     num_tiles = (num_tokens + TILE_ROWS - 1) // TILE_ROWS
     for worker in prange(num_workers):
-        place = (np.int64(worker), 0)
+        first_panel = num_panels * worker // num_workers
+        last_panel = num_panels * (worker + 1) // num_workers
+        # Segments of several tiles are read by every worker, others by one in turn.
+        stride = 1 if reads[10] else num_workers
+        place = (np.int64(0 if reads[10] else worker), 0)
+        rows_each = 0
+        if num_tiles == 1:
+            rows_each = _rows_each(reads, place[0], stride, last_panel - first_panel)
         sums = scratch + worker * scratch_bytes
-        for p in range(
-            num_panels * worker // num_workers, num_panels * (worker + 1) // num_workers
-        ):
+        for p in range(first_panel, last_panel):
             panel = panels + p * panel_bytes
+            place = _ask_rows(place, rows_each, reads, stride, kind)
             for tile in range(num_tiles):
                 first = num_tokens * tile // num_tiles
                 num_rows = num_tokens * (tile + 1) // num_tiles - first
-                ahead, place = _ahead(
-                    panel, panel_bytes, tile, num_tiles, reads, place, num_workers
-                )
+                ahead, place = _ahead(panel, panel_bytes, tile, num_tiles, reads, place, stride)
                 tile_dots(
                     sums, num_rows, x + 2 * first * x_size, 2 * x_size, panel, width // 2,
                     ahead, kind,
@@ -168,7 +212,13 @@ def multiply_int8(
     num_tiles = (num_tokens + TILE_ROWS - 1) // TILE_ROWS
     codes_size = (width + 63) // 64 * 64
     for worker in prange(num_workers):
-        place = (np.int64(worker), 0)
+        first_panel = num_panels * worker // num_workers
+        last_panel = num_panels * (worker + 1) // num_workers
+        stride = 1 if reads[10] else num_workers
+        place = (np.int64(0 if reads[10] else worker), 0)
+        rows_each = 0
+        if num_tiles == 1:
+            rows_each = _rows_each(reads, place[0], stride, last_panel - first_panel)
         counts = scratch + worker * scratch_bytes
         x_scale = counts + 4 * TILE_ROWS * PANEL
         x_sum = x_scale + 4 * num_tokens
@@ -178,16 +228,13 @@ def multiply_int8(
                 codes + n * codes_size, x_scale + 4 * n, x_sum + 4 * n, elements(x, kind),
                 n * x_size, width,
             )  # fmt: skip
-        for p in range(
-            num_panels * worker // num_workers, num_panels * (worker + 1) // num_workers
-        ):
+        for p in range(first_panel, last_panel):
             panel = panels + p * panel_bytes
+            place = _ask_rows(place, rows_each, reads, stride, kind)
             for tile in range(num_tiles):
                 first = num_tokens * tile // num_tiles
                 num_rows = num_tokens * (tile + 1) // num_tiles - first
-                ahead, place = _ahead(
-                    panel, panel_bytes, tile, num_tiles, reads, place, num_workers
-                )
+                ahead, place = _ahead(panel, panel_bytes, tile, num_tiles, reads, place, stride)
                 tile_dots(
                     counts, num_rows, codes + first * codes_size, codes_size, panel, width // 4,
                     ahead, code_kind,

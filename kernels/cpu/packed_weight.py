@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.dots import PANEL, STEP_BYTES, TILE_ROWS
+from kernels.cpu.adapters import TILE
+from kernels.cpu.dots import PANEL, STEP_BYTES
 from kernels.cpu.linear import INT8_ZERO, multiply, multiply_int8, scratch_bytes_for
 from kernels.cpu.runtime import has_features, workers
 from kernels.layout import RowReads, row_elements
@@ -18,7 +19,7 @@ _KINDS: dict[torch.dtype, np.generic] = {
     torch.bfloat16: np.uint16(0),
 }
 _CACHE_LINE = 64
-_NO_READS = (0,) * 10
+_NO_READS = (0,) * 11
 
 
 def can_pack(weight: Tensor, *, int8: bool) -> bool:
@@ -76,7 +77,7 @@ class PackedWeight:
         )  # fmt: skip
         shape = (
             self._bias.data_ptr(), num_tokens, self.num_inputs, self.num_outputs,
-            scratch.data_ptr(), size, _addresses(reads, num_tokens), num_workers,
+            scratch.data_ptr(), size, _addresses(reads), num_workers,
         )  # fmt: skip
         if self._scale is None:
             multiply(*where, *shape)
@@ -85,9 +86,9 @@ class PackedWeight:
         return out
 
 
-def _addresses(reads: RowReads | None, num_tokens: int) -> tuple[int, ...]:
-    """The rows to ask for, as the kernel takes them; none where it has no time for it."""
-    if reads is None or num_tokens <= TILE_ROWS or not reads.adapters.max_span_rows:
+def _addresses(reads: RowReads | None) -> tuple[int, ...]:
+    """The rows to ask for, as the kernel takes them."""
+    if reads is None or not reads.adapters.max_span_rows:
         return _NO_READS
     storage, rows, adapters, span, num_inputs = reads
     num_targets = len(span.out_start) - 1
@@ -97,6 +98,7 @@ def _addresses(reads: RowReads | None, num_tokens: int) -> tuple[int, ...]:
         rows.row_ptr.data_ptr(), rows.row_ptr.shape[1],
         rows.row_offset.data_ptr(), rows.row_offset.shape[1],
         span.first, span.first + num_targets, row_size * storage.element_size(),
+        int(adapters.max_segment > TILE),
     )  # fmt: skip
 
 
