@@ -80,7 +80,7 @@ class BareModel:
         return [generation.token_ids[generation.num_prompt :] for generation in generations]
 
     def _load(self, name: str, image: AdapterImage, loaded: threading.Semaphore) -> int:
-        if not self._adapters.request(image, may_evict=False):
+        if not self._adapters.request(image):
             raise RuntimeError(f"no room for adapter {name}: raise pool_bytes or max_adapters")
         loaded.acquire()
         self._adapters.poll()

@@ -108,9 +108,13 @@ def _values(field: FieldInfo) -> str:
     annotation: Any = field.annotation
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in kinds)
-    if kinds and get_origin(annotation) is not list:
+    if kinds and get_origin(annotation) not in (list, dict):
         annotation = kinds[0]
-    names = {bool: "true, false", int: "integer", str: "text", Path: "path", list[str]: "texts"}
+    names = {
+        bool: "true, false", int: "integer", float: "number", str: "text", Path: "path",
+        list[str]: "texts", dict: "NAME=NUMBER",
+    }  # fmt: skip
+    annotation = get_origin(annotation) if get_origin(annotation) is dict else annotation
     return " ".join([names[annotation], *_bounds(field)])
 
 
@@ -126,7 +130,7 @@ def _bounds(field: FieldInfo) -> list[str]:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None or value == []:
+    if value is None or value in ([], {}):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -61,12 +61,22 @@ def parse_settings(flags: Sequence[str]) -> Settings:
                 f"{fault['msg']}, got {fault['input']!r}\n"
             )
         sys.exit(2)
-    except SettingsError:  # of the one field that is a list
-        sys.stderr.write(
-            f"manylora serve: MANYLORA_ADAPTER is {os.environ.get('MANYLORA_ADAPTER')!r}, not a "
-            """JSON list: write ["NAME=DIR", "NAME=DIR"], or use --adapter NAME=DIR\n"""
-        )
+    except SettingsError as error:
+        sys.stderr.write(f"manylora serve: {_unreadable(str(error))}\n")
         sys.exit(2)
+
+
+def _unreadable(error: str) -> str:
+    """What is wrong with the flag or variable of a field that is a list or a table."""
+    if "tenant_weights" in error:
+        variable, form = "MANYLORA_TENANT_WEIGHTS", """a JSON object: write {"NAME": WEIGHT}"""
+        flag = "--tenant-weights NAME=WEIGHT"
+    else:
+        variable, form = "MANYLORA_ADAPTER", """a JSON list: write ["NAME=DIR", "NAME=DIR"]"""
+        flag = "--adapter NAME=DIR"
+    if variable not in os.environ:
+        return f"a flag cannot be read: write {flag}"
+    return f"{variable} is {os.environ[variable]!r}, not {form}, or use {flag}"
 
 
 def _serve(settings: Settings) -> None:

@@ -11,6 +11,8 @@ ServerError
 ├── PayloadTooLarge         413
 ├── AdapterUnservable       422, refused at upload; carries the report
 ├── Overloaded              429, with Retry-After
+│   ├── QueueFull           429 queue_full: as many requests wait as may
+│   └── QueueTimeout        429 queue_timeout: it waited, or would wait, longer than it may
 ├── InternalError           500
 └── EngineUnavailable       503: the engine is starting
     └── EngineLost          503: the engine died with the request in it
@@ -29,7 +31,8 @@ RETRY_AFTER_SECONDS = 2
 class ServerError(Exception):
     """A fault with a message for the client, and the parameter at fault if there is one.
 
-    `code` replaces the code of the table; `details` are members of the error body beside `error`.
+    `code` replaces the code of the table; `details` are members of the error body beside `error`;
+    `retry_after` is in seconds, told with a 429 or 503.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class ServerError(Exception):
         param: str | None = None,
         code: str | None = None,
         details: dict[str, Any] | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -46,6 +50,7 @@ class ServerError(Exception):
         self.answer = answer_for(type(self))
         self.code = code or self.answer.code
         self.details = details or {}
+        self.retry_after = RETRY_AFTER_SECONDS if retry_after is None else retry_after
 
     @property
     def status(self) -> int:
@@ -56,7 +61,7 @@ class ServerError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers that the answer needs besides the body."""
         if self.status in (429, 503):
-            return {"retry-after": str(RETRY_AFTER_SECONDS)}
+            return {"retry-after": str(self.retry_after)}
         return {}
 
     def body(self) -> dict[str, Any]:
@@ -110,6 +115,14 @@ class Overloaded(ServerError):
     """No room now."""
 
 
+class QueueFull(Overloaded):
+    """As many requests wait as may."""
+
+
+class QueueTimeout(Overloaded):
+    """The request waited, or would wait, longer than it may."""
+
+
 class InternalError(ServerError):
     """Our fault."""
 
@@ -145,6 +158,8 @@ ANSWERS: dict[type[ServerError], Answer] = {
     PayloadTooLarge: Answer(413, "invalid_request_error", "payload_too_large"),
     AdapterUnservable: Answer(422, "invalid_request_error", "adapter_refused"),
     Overloaded: Answer(429, "rate_limit_error", "overloaded"),
+    QueueFull: Answer(429, "rate_limit_error", "queue_full"),
+    QueueTimeout: Answer(429, "rate_limit_error", "queue_timeout"),
     InternalError: Answer(500, "server_error", "internal_error"),
     EngineUnavailable: Answer(503, "server_error", "engine_unavailable"),
     EngineLost: Answer(503, "server_error", "engine_lost"),
@@ -159,9 +174,9 @@ def answer_for(error: type[ServerError]) -> Answer:
     return ANSWERS[InternalError]
 
 
-def error_with_code(code: str | None, message: str) -> ServerError:
+def error_with_code(code: str | None, message: str, retry_after: int | None = None) -> ServerError:
     """The error that a code of the table means; InternalError for a code that is not in it."""
     for error, answer in ANSWERS.items():
         if answer.code == code:
-            return error(message)
+            return error(message, retry_after=retry_after)
     return InternalError(message)

@@ -19,6 +19,10 @@ _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 _GAUGES: dict[str, tuple[str, Callable[[Load], float]]] = {
     "manylora_requests_running": ("Sequences in the running batch.", lambda x: x.num_running),
     "manylora_requests_waiting": ("Requests waiting for a place.", lambda x: x.num_waiting),
+    "manylora_host_pages": (
+        "Pages of adapters kept in host memory.",
+        lambda x: sum(adapter.num_host_pages for adapter in x.adapters),
+    ),
     "manylora_kv_cache_usage_ratio": (
         "Share of the pages that hold KV cache.",
         lambda x: x.num_kv_pages / max(_num_pages(x), 1),
@@ -34,6 +38,18 @@ _COUNTERS: dict[str, tuple[str, Callable[[Load], float]]] = {
     "manylora_adapter_evictions": (
         "Idle adapters removed from the device.",
         lambda x: x.num_adapter_evictions,
+    ),
+    "manylora_adapter_host_loads": (
+        "Loads that found their image in host memory.",
+        lambda x: x.num_host_loads,
+    ),
+    "manylora_adapter_cancelled_loads": (
+        "Loads that ended early because nobody waited any more.",
+        lambda x: x.num_cancelled_loads,
+    ),
+    "manylora_engine_cached_prompt_tokens": (
+        "Prompt tokens that were found in the prefix cache.",
+        lambda x: x.num_cached_tokens,
     ),
     "manylora_engine_prompt_tokens": (
         "Prompt tokens that the engine processed, recomputed ones too.",
@@ -107,15 +123,17 @@ class LoadCollector(Collector):
         pages = GaugeMetricFamily("manylora_pages", "Pages of the pool, by use.", labels=["use"])
         pages.add_metric(["kv"], load.num_kv_pages)
         pages.add_metric(["adapter"], load.num_adapter_pages)
+        pages.add_metric(["cached"], load.num_cached_pages)
         pages.add_metric(["free"], load.num_free_pages)
         yield pages
         adapters = GaugeMetricFamily(
-            "manylora_adapters", "Adapters on the device, by state.", labels=["state"]
+            "manylora_adapters", "Adapters on the device or in host memory.", labels=["state"]
         )
-        for state in ("loading", "resident"):
+        for state in ("host", "loading", "resident"):
             adapters.add_metric([state], sum(a.state == state for a in load.adapters))
         yield adapters
 
 
 def _num_pages(load: Load) -> int:
-    return load.num_free_pages + load.num_kv_pages + load.num_adapter_pages
+    num_used = load.num_kv_pages + load.num_adapter_pages
+    return load.num_free_pages + load.num_cached_pages + num_used

@@ -78,7 +78,10 @@ CONFINED: dict[str, set[str]] = {
 WITHOUT_TENSORS = (
     "server.engine.scheduler", "server.engine.plan", "server.engine.sequence",
     "server.engine.waiting", "server.engine.drains", "server.engine.request",
-    "server.engine.loop", "server.memory.kv_cache", "server.memory.residency",
+    "server.engine.loop", "server.engine.fairness", "server.engine.fronts",
+    "server.engine.endings", "server.engine.overload", "server.engine.load_ahead",
+    "server.memory.kv_cache", "server.memory.prefix_index", "server.memory.idle_heap",
+    "server.memory.residency", "server.memory.byte_rate",
 )  # fmt: skip
 
 
@@ -239,9 +242,9 @@ def test_importing_a_module_leaves_heavy_libraries_alone(module, absent):
 
 def test_the_environment_is_read_in_one_place():
     """Settings come from server.config; the CLI and admission set variables for processes and
-    libraries, and numba's cache directory is chosen before any settings are known.
+    libraries, and numba's threads and cache directory are chosen before any settings are known.
     """
-    allowed = {"server.cli", "adapters_store.admission", "kernels.cpu.runtime"}
+    allowed = {"server.cli", "adapters_store.admission", "kernels.cpu", "kernels.cpu.runtime"}
     readers = {
         name
         for name in modules()

@@ -105,7 +105,7 @@ def test_flags_named_in_the_papers_are_settings():
     from server.config import Settings
 
     known = {f"--{field.replace('_', '-')}" for field in Settings.model_fields} | {"--help"}
-    known |= {"--no-shipped-adapters", "--no-cuda-graphs"}
+    known |= {"--no-shipped-adapters", "--no-cuda-graphs", "--no-prefix-cache"}
     of_others = {"--target", "--build-arg", "--gpus", "--index-url", "--no-deps"}
     for name in ("README.md", "ARCHITECTURE.md", "docs/operations.md", "docs/api.md"):
         assert flags_of(read(name)) <= known | of_others, name

@@ -12,12 +12,31 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of everything sent: a member that has no value is absent, not null."""
 
 
-class AppliedAdapter(Answer, frozen=True):
-    """The adapter version whose weights computed the tokens, as the engine reports it."""
+class AppliedPart(Answer, frozen=True):
+    """An adapter version in a combination."""
 
     id: str
     version: int
     digest: str
+    weight: float
+
+
+class AppliedAdapter(Answer, frozen=True, kw_only=True):
+    """The adapter version whose weights computed the tokens, as the engine reports it.
+
+    A combination, or an adapter at another scale than 1, has parts, and no id of its own.
+    """
+
+    id: str | None = None
+    version: int | None = None
+    digest: str
+    parts: list[AppliedPart] | None = None
+
+
+class PromptTokensDetails(Answer, frozen=True):
+    """Of the prompt's tokens, those that an earlier request had computed."""
+
+    cached_tokens: int
 
 
 class Usage(Answer, frozen=True):
@@ -26,6 +45,7 @@ class Usage(Answer, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TokenCandidate(Answer, frozen=True):

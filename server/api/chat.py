@@ -30,7 +30,7 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatBody)
     length, num_logprobs = _length(body), _num_logprobs(body)
     state.running_context()
-    addressee = await resolve(state, body.model, body.adapter_id)
+    addressee = await resolve(state, body)
     messages = [message.for_template() for message in body.messages]
     prompt = await run_in_threadpool(state.tokenizer.encode_chat, messages)
     generation = new_generation(state, "chatcmpl", body, addressee, [prompt], length, num_logprobs)

@@ -33,7 +33,7 @@ async def completions(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, CompletionBody)
     state.running_context()
-    addressee = await resolve(state, body.model, body.adapter_id)
+    addressee = await resolve(state, body)
     prompts = await run_in_threadpool(_token_ids, state.tokenizer, body.prompt)
     length = Length(body.max_tokens, "max_tokens", DEFAULT_MAX_TOKENS)
     generation = new_generation(state, "cmpl", body, addressee, prompts, length, body.logprobs)

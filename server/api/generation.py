@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from server.api.addressing import Addressee
-from server.api.answers import AppliedAdapter, Usage
+from server.api.answers import AppliedAdapter, AppliedPart, PromptTokensDetails, Usage
 from server.api.connection import merged
 from server.api.state import AppState
 from server.engine.request import Finished, Submit, TokenEvent, TokenLogprobs
@@ -30,6 +30,7 @@ class Piece:
     tokens: Tokens
     adapter: AppliedAdapter | None  # None: the base model's
     num_completion_tokens: int  # of the choice, so far
+    num_cached_tokens: int  # of the prompt
     finish_reason: str | None = None
 
 
@@ -40,7 +41,8 @@ class Generation:
     state: AppState
     completion_id: str
     addressee: Addressee
-    submits: list[Submit]
+    submits: list[Submit]  # all choices of the first prompt, then all of the next, …
+    num_choices: int  # of each prompt
     stops: Sequence[str]
     num_prompt_tokens: int
     created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
@@ -55,31 +57,41 @@ class Generation:
         self.state.metrics.prompt_tokens.inc(self.num_prompt_tokens)
         return merged([self._choice(i, submit) for i, submit in enumerate(self.submits)])
 
-    def usage(self, num_completion_tokens: int) -> Usage:
-        """The usage, given the tokens of all choices."""
-        total = self.num_prompt_tokens + num_completion_tokens
+    def usage(self, last: Sequence[Piece]) -> Usage:
+        """The usage, given the last piece of each choice.
+
+        The first choice of a prompt may have it computed for the others: as cached counts what
+        every choice found.
+        """
+        num_completion_tokens = sum(piece.num_completion_tokens for piece in last)
+        firsts = range(0, len(last), self.num_choices)
+        prompts = [last[first : first + self.num_choices] for first in firsts]
+        num_cached = sum(min(piece.num_cached_tokens for piece in prompt) for prompt in prompts)
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=num_completion_tokens,
-            total_tokens=total,
+            total_tokens=self.num_prompt_tokens + num_completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
     def headers(self, adapter: AppliedAdapter | None) -> dict[str, str]:
-        """Headers that say what was applied."""
+        """Headers that say what was applied; lists, in one order, of a combination's parts."""
         headers = {"x-manylora-model": _header_value(self.state.model_name)}
         if adapter is not None:
-            headers["x-manylora-adapter"] = adapter.id
-            headers["x-manylora-adapter-version"] = str(adapter.version)
+            each: Sequence[AppliedPart | AppliedAdapter] = adapter.parts or [adapter]
+            headers["x-manylora-adapter"] = ", ".join(str(part.id) for part in each)
+            headers["x-manylora-adapter-version"] = ", ".join(str(part.version) for part in each)
             headers["x-manylora-adapter-digest"] = adapter.digest
+        if adapter is not None and adapter.parts:
+            weights = ", ".join(str(part.weight) for part in adapter.parts)
+            headers["x-manylora-adapter-weight"] = weights
         return headers
 
     async def _choice(self, index: int, submit: Submit) -> AsyncGenerator[Piece, None]:
         text = CompletionText[TokenLogprobs | None](self.state.tokenizer, self.stops)
         clock = _TokenClock(self.state, self.started)
         num_tokens = 0
-        version = self.addressee.version
-        adapter_id = None if version is None else version.adapter_id
-        with self.state.listed(adapter_id, submit.request_id):
+        with self.state.listed(self.addressee.adapter_ids, submit.request_id):
             async with aclosing(self.state.engine.generate(submit)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
@@ -90,7 +102,8 @@ class Generation:
                     added, tokens, num_read = _read_tokens(text, event)
                     num_tokens += num_read
                     reason = "stop" if text.has_stopped else None
-                    yield Piece(index, added, tokens, adapter, num_tokens, reason)
+                    num_cached = event.num_cached_tokens
+                    yield Piece(index, added, tokens, adapter, num_tokens, num_cached, reason)
                     if text.has_stopped:
                         return
         raise InternalError("the engine ended the request without saying how: try again")
@@ -99,7 +112,8 @@ class Generation:
         self, index: int, event: Finished, text: CompletionText[TokenLogprobs | None]
     ) -> Piece:
         if event.reason == "error":
-            raise error_with_code(event.error_code, event.error or "the engine failed")
+            why = event.error or "the engine failed"
+            raise error_with_code(event.error_code, why, event.retry_after)
         if event.reason == "cancelled":
             raise RequestCancelled(
                 f"the request was cancelled: '{self.addressee.model_name}' was deleted while it ran"
@@ -107,12 +121,13 @@ class Generation:
         has_computed = event.num_completion_tokens > 0 or event.adapter_digest is not None
         adapter = self._applied(event.adapter_digest) if has_computed else None
         rest, tokens = text.flush()
-        return Piece(index, rest, tokens, adapter, event.num_completion_tokens, event.reason)
+        counts = event.num_completion_tokens, event.num_cached_tokens
+        return Piece(index, rest, tokens, adapter, *counts, event.reason)
 
     def _applied(self, digest: str | None) -> AppliedAdapter | None:
         """The adapter that the engine says it applied; InternalError if it is not the one asked."""
-        version = self.addressee.version
-        wanted = None if version is None else version.digest
+        image = self.addressee.image
+        wanted = None if image is None else image.digest
         if digest != wanted:
             logger.error("%s: wanted adapter %s, got %s", self.completion_id, wanted, digest)
             raise InternalError(
@@ -120,9 +135,7 @@ class Generation:
                 "was withheld",
                 code="adapter_mismatch",
             )
-        if version is None or digest is None:
-            return None
-        return AppliedAdapter(id=version.adapter_id, version=version.version, digest=digest)
+        return self.addressee.applied
 
 
 class _TokenClock:

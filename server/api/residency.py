@@ -11,12 +11,12 @@ from server.engine.request import Load, ResidentAdapter
 
 
 class VersionAnswer(Answer, frozen=True):
-    """One version of an adapter and its place: disk, loading or resident."""
+    """One version of an adapter and its place: disk, host, loading or resident."""
 
     version: int
     digest: str
     created: int  # unix seconds
-    state: Literal["disk", "loading", "resident"]
+    state: Literal["disk", "host", "loading", "resident"]
     num_pages: int  # on the device, when it is resident
     num_users: int  # running sequences
     num_uses: int  # sequences since it was loaded
@@ -33,7 +33,7 @@ class AdapterAnswer(Answer, frozen=True):
     version: int
     digest: str
     created: int  # unix seconds; of the current version
-    state: Literal["disk", "loading", "resident"]
+    state: Literal["disk", "host", "loading", "resident"]
     num_pages: int
     num_users: int
     versions: list[VersionAnswer]

@@ -57,7 +57,7 @@ async def _whole(
     async with aclosing(pieces):
         async for piece in pieces:
             choices[piece.index].append(piece)
-    usage = generation.usage(sum(choice[-1].num_completion_tokens for choice in choices))
+    usage = generation.usage([choice[-1] for choice in choices])
     return Json(shape.whole(choices, usage), headers=generation.headers(choices[0][-1].adapter))
 
 
@@ -78,8 +78,8 @@ async def _events(
                     yield _data(chunk)
                 last[piece.index] = piece
         if usage:
-            total = sum(piece.num_completion_tokens for piece in last.values())
-            yield _data(shape.usage_chunk(piece, generation.usage(total)))
+            total = generation.usage([last[index] for index in sorted(last)])
+            yield _data(shape.usage_chunk(piece, total))
     except ServerError as error:
         yield _data(error.body())
     except Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -71,18 +71,18 @@ class AppState:
     running: dict[str, set[str]] = field(default_factory=dict)
 
     @contextmanager
-    def listed(self, adapter_id: str | None, request_id: str) -> Iterator[None]:
-        """Have a request of an adapter among the running ones; None: the base model's, not kept."""
-        if adapter_id is None:
-            yield
-            return
-        self.running.setdefault(adapter_id, set()).add(request_id)
+    def listed(self, adapter_ids: Iterable[str], request_id: str) -> Iterator[None]:
+        """Have a request among the running ones of its adapters, of which the base has none."""
+        names = set(adapter_ids)
+        for name in names:
+            self.running.setdefault(name, set()).add(request_id)
         try:
             yield
         finally:
-            self.running[adapter_id].discard(request_id)
-            if not self.running[adapter_id]:
-                del self.running[adapter_id]
+            for name in names:
+                self.running[name].discard(request_id)
+                if not self.running[name]:
+                    del self.running[name]
 
     def running_context(self) -> int:
         """Longest prompt and completion now; EngineUnavailable while the engine starts."""

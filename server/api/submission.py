@@ -45,6 +45,8 @@ def new_generation(
         )
     completion_id = f"{kind}-{secrets.token_hex(16)}"
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    tenant, weight = _tenant(state, body, addressee)
+    queue_timeout = _queue_timeout(state.settings.queue_timeout, body.queue_timeout)
     submits: list[Submit] = []
     for prompt in prompts:
         max_tokens = _max_tokens(state.running_context(), len(prompt), length)
@@ -55,11 +57,18 @@ def new_generation(
                     prompt_token_ids=tuple(prompt),
                     sampling=_sampling(state, body, max_tokens, seed + i, num_logprobs),
                     adapter=addressee.image,
+                    cache_salt=body.cache_salt or "",
+                    tenant=tenant,
+                    weight=weight,
+                    priority=body.priority or 0,
+                    queue_timeout=queue_timeout,
                 )
             )
     num_prompt_tokens = sum(len(prompt) for prompt in prompts)
     stops = body.stop or ()
-    return Generation(state, completion_id, addressee, submits, stops, num_prompt_tokens)
+    return Generation(
+        state, completion_id, addressee, submits, num_choices, stops, num_prompt_tokens
+    )
 
 
 def _max_tokens(max_context: int, num_prompt: int, length: Length) -> int:
@@ -79,6 +88,31 @@ def _max_tokens(max_context: int, num_prompt: int, length: Length) -> int:
             param=length.param,
         )
     return length.wanted
+
+
+def _tenant(
+    state: AppState, body: GenerationBody, addressee: Addressee
+) -> tuple[str | None, float]:
+    """Whose service a request counts as, None for its adapter's, and the weight of its share."""
+    settings = state.settings
+    if settings.fairness == "none":
+        return "", 1.0
+    if settings.fairness == "user" and body.user is not None:
+        return f"user:{body.user}", settings.tenant_weights.get(body.user, 1.0)
+    return None, settings.tenant_weights.get(addressee.model_name, 1.0)
+
+
+def _queue_timeout(longest: float | None, wanted: float | None) -> float | None:
+    """Seconds that a request may wait: the setting's, or less if it asks for less."""
+    if wanted is None or longest is None:
+        return longest if wanted is None else wanted
+    if wanted > longest:
+        raise InvalidRequest(
+            f"'queue_timeout' = {wanted:g} is above this server's limit of {longest:g} s: lower "
+            "it, or leave it out",
+            param="queue_timeout",
+        )
+    return float(wanted)
 
 
 def _sampling(

@@ -12,10 +12,17 @@ MAX_SEQUENCES = 128
 """Most completions that one request may ask for: prompts times n."""
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_SALT_CHARACTERS = 256
+MAX_USER_CHARACTERS = 256
+MAX_PRIORITY = 100
+"""Of either sign."""
+MAX_MEMBERS = 16
+"""Most adapters of a combination."""
+MAX_WEIGHT = 100
+"""Of either sign; what is far above 1 is a mistake, or noise."""
 
 IGNORED = frozenset(
     {
-        "user",
         "store",
         "metadata",
         "service_tier",
@@ -28,7 +35,6 @@ IGNORED = frozenset(
 """OpenAI's parameters that are taken and have no effect here: none changes the answer."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "adapters": ([],),
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -95,6 +101,7 @@ def _is_token_ids(value: Any) -> bool:
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -105,11 +112,31 @@ class StreamOptions(Wire):
     include_obfuscation: bool | None = None  # taken, without effect
 
 
+class WeightedAdapter(Wire):
+    """A member of a combination."""
+
+    id: str  # an adapter reference, as in `adapter_id`
+    weight: Weight = 1.0
+
+
+class MergedAdapters(Wire):
+    """A combination as LoRAX takes it. `linear` is the weighted sum, and all that is served."""
+
+    ids: list[str] = Field(min_length=1, max_length=MAX_MEMBERS)
+    weights: list[Weight] | None = None  # all 1
+    merge_strategy: Literal["linear"] | None = None
+    density: float | None = None  # this and the next: of other strategies
+    majority_sign_method: Literal["total", "frequency"] | None = None
+
+
 class GenerationBody(Wire):
     """The parameters that chat and plain completions share; null stands for the default."""
 
     model: str | None = None
     adapter_id: str | None = None
+    scale: Weight | None = None  # of that adapter
+    adapters: list[WeightedAdapter] | None = Field(None, min_length=1, max_length=MAX_MEMBERS)
+    merged_adapters: MergedAdapters | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -121,6 +148,10 @@ class GenerationBody(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    user: Annotated[str, StringConstraints(max_length=MAX_USER_CHARACTERS)] | None = None
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # lower first
+    queue_timeout: float | None = Field(None, gt=0)  # seconds
+    cache_salt: Annotated[str, StringConstraints(max_length=MAX_SALT_CHARACTERS)] | None = None
 
     @property
     def includes_usage(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from server.engine.request import Dropped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from server.engine.sequence import Sequence
     from server.memory.adapter_pool import AdapterPool
@@ -30,20 +30,19 @@ class Drains:
         return len(self._drains)
 
     def begin(self, digest: str, members: Iterable[Sequence]) -> None:
-        """Drop `digest` once `members`, the live requests for it, have ended."""
+        """Drop `digest` once `members`, the live requests that need it, have ended."""
         drain = self._drains.setdefault(digest, _Drain())
         drain.num_answers += 1
         drain.members.update(sequence.request_id for sequence in members)
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence has ended."""
-        if (drain := self._of(sequence)) is not None:
+        for drain in self._of(sequence):
             drain.members.discard(sequence.request_id)
 
     def holds_back(self, sequence: Sequence) -> bool:
-        """Whether it came after a Drop of its adapter that still waits for others."""
-        drain = self._of(sequence)
-        return drain is not None and sequence.request_id not in drain.members
+        """Whether it came after a Drop that still waits for others, of an adapter that it needs."""
+        return any(sequence.request_id not in drain.members for drain in self._of(sequence))
 
     def settle(self, adapters: AdapterPool) -> list[Dropped]:
         """Free the adapters that nobody is waited for any more; the answers.
@@ -60,6 +59,7 @@ class Drains:
             answers.extend(Dropped(digest=digest, freed_bytes=n) for n in freed)
         return answers
 
-    def _of(self, sequence: Sequence) -> _Drain | None:
-        digest = sequence.wanted_digest
-        return None if digest is None else self._drains.get(digest)
+    def _of(self, sequence: Sequence) -> Iterator[_Drain]:
+        for digest in sequence.digests if self._drains else ():
+            if digest is not None and (drain := self._drains.get(digest)) is not None:
+                yield drain

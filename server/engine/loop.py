@@ -67,7 +67,7 @@ class EngineLoop:
         self._is_idle = True
 
     def close(self) -> None:
-        """Wait for the copy of an adapter in progress; nothing may be called afterwards."""
+        """End the copies of adapters in progress; nothing may be called afterwards."""
         self._adapters.close()
 
     def turn(self) -> None:
@@ -98,7 +98,7 @@ class EngineLoop:
             case Drop():
                 self._scheduler.drop(message.digest, message.abort)
             case Preload():
-                self._adapters.request(message.adapter, may_evict=False)
+                self._adapters.request(message.adapter, is_preload=True)
 
     def _step(self, plan: StepPlan) -> list[FromEngine]:
         """Run a step. One that fails ends its own requests; the others go on."""
@@ -125,6 +125,10 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             num_adapter_loads=adapters.num_loads,
             num_adapter_evictions=adapters.num_evictions,
+            num_cached_pages=self._kv_cache.num_cached_pages,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_host_loads=adapters.num_host_loads,
+            num_cancelled_loads=adapters.num_cancelled_loads,
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_generated_tokens=scheduler.num_generated_tokens,
             adapters=adapters.report(),

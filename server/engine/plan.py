@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from server.engine.request import TokenLogprobs
     from server.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSequence:
+class PlannedSequence(NamedTuple):
     """The share of one sequence in a step: its tokens start .. start + num_tokens."""
 
     sequence: Sequence

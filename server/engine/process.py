@@ -21,6 +21,7 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.spec import EngineSpec, engine_spec
 from server.memory.adapter_pool import AdapterPool
+from server.memory.image_loader import ThreadedImageLoader
 from server.memory.kv_cache import KVCache
 from server.memory.page_pool import PagePool
 from server.model.config import ModelError
@@ -88,16 +89,29 @@ def build_engine(spec: EngineSpec, mailbox: Mailbox) -> tuple[EngineLoop, Starte
     config, weights = load_model(spec.source, dtype, _show_progress)
     decoder = Decoder(config, weights, kernels_for(spec.device), device, dtype, int8=spec.int8)
     pool = PagePool(spec.num_pages(), spec.geometry.page_elements, dtype, device)
-    kv_cache = KVCache(pool, spec.geometry.block_size)
-    adapters = AdapterPool(
-        pool, spec.max_adapters, spec.max_rows, spec.layout, on_loaded=mailbox.wake
+    kv_pool, adapter_pool = divide(pool, spec.adapter_memory_share)
+    kv_cache = KVCache(
+        kv_pool,
+        spec.geometry.block_size,
+        prefix_cache=spec.prefix_cache,
+        page_seconds=spec.compute_seconds,
     )
-    warm_up(decoder, pool, adapters, spec.geometry.block_size)
+    adapters = AdapterPool(
+        adapter_pool,
+        spec.max_adapters,
+        spec.max_rows,
+        spec.layout,
+        loader=ThreadedImageLoader(pool.storage, spec.layout, spec.loads),
+        load_timeout_seconds=spec.loads.timeout_seconds,
+        page_seconds=spec.load_seconds,
+        on_loaded=mailbox.wake,
+    )
+    warm_up(decoder, kv_pool, adapters, spec.geometry.block_size)
     capture = capture_for(spec)
     graphs = None
     if capture is not None:
-        graphs = capture_graphs(capture, spec, decoder, pool, kv_cache, adapters)
-    max_context = _max_context(spec, pool)
+        graphs = capture_graphs(capture, spec, decoder, kv_pool, kv_cache, adapters)
+    max_context = _max_context(spec, kv_pool)
     scheduler = Scheduler(
         kv_cache,
         adapters,
@@ -105,15 +119,33 @@ def build_engine(spec: EngineSpec, mailbox: Mailbox) -> tuple[EngineLoop, Starte
         max_batched_tokens=spec.max_batched_tokens,
         max_context=max_context,
         attention_context=spec.attention_context,
+        max_passes=spec.max_passes,
+        queue_limits=spec.queue_limits,
     )
     runner = Runner(decoder, pool, kv_cache, adapters, graphs)
     started = Started(
-        num_pages=pool.num_pages,
+        num_pages=sum(part.num_pages for part in {kv_pool, adapter_pool}),
         page_bytes=pool.page_bytes,
         num_slots=spec.max_adapters,
         max_context=max_context,
     )
     return EngineLoop(scheduler, runner, kv_cache, adapters, mailbox), started
+
+
+def divide(pool: PagePool, adapter_share: float | None) -> tuple[PagePool, PagePool]:
+    """The pools of KV cache and adapters: one and the same, unless adapters have a share of it.
+
+    Raises ModelError where the pool has too few pages for two.
+    """
+    if adapter_share is None:
+        return pool, pool
+    num_adapter_pages = round(adapter_share * pool.num_pages)
+    if not 0 < num_adapter_pages < pool.num_pages:
+        raise ModelError(
+            f"adapter_memory_share {adapter_share} of {pool.num_pages} pages leaves one side "
+            "without a page: make the pool larger (pool_bytes), or leave the share out"
+        )
+    return pool.split(pool.num_pages - num_adapter_pages)
 
 
 def capture_for(spec: EngineSpec) -> Capture | None:

@@ -13,7 +13,9 @@ import msgspec
 
 from adapters_store.layout import BaseLayout as BaseLayout
 from server.memory.residency import AdapterImage as AdapterImage
+from server.memory.residency import AdapterPart as AdapterPart
 from server.memory.residency import ResidentAdapter as ResidentAdapter
+from server.memory.residency import combination as combination
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -36,12 +38,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(Message, frozen=True):
-    """Generate from `prompt_token_ids` with the base model or one adapter."""
+    """Generate from `prompt_token_ids` with the base model, an adapter or a combination."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     adapter: AdapterImage | None = None
+    tenant: str | None = None  # whose service it counts as; None = its adapter's
+    weight: float = 1.0  # the tenant's share of the service, beside others'; above 0
+    priority: int = 0  # lower first
+    queue_timeout: float | None = None  # seconds that it may wait for admission; None = any
+    cache_salt: str = ""  # cached prefixes are shared only by requests that have the same
 
 
 class Cancel(Message, frozen=True):
@@ -77,6 +84,7 @@ class TokenEvent(Message, frozen=True):
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each token, if asked for
+    num_cached_tokens: int = 0  # as in Finished
     adapter_digest: str | None = None  # read from the slot that computed them; None = base
 
 
@@ -87,9 +95,11 @@ class Finished(Message, frozen=True):
     reason: FinishReason
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0  # the stop token included
+    num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache when it was admitted
     adapter_digest: str | None = None  # that computed the tokens; None = base, or none computed
     error: str | None = None  # message for the client, with reason "error"
     error_code: str | None = None  # a code of the table in `server.errors`
+    retry_after: int | None = None  # seconds after which another try may do better, if known
 
 
 class Dropped(Message, frozen=True):
@@ -133,7 +143,7 @@ class Load(Message, frozen=True):
     num_running: int
     num_waiting: int
     num_free_pages: int
-    num_kv_pages: int
+    num_kv_pages: int  # of sequences that run
     num_adapter_pages: int
     num_steps: int
     num_preemptions: int
@@ -141,6 +151,10 @@ class Load(Message, frozen=True):
     num_adapter_evictions: int
     num_prompt_tokens: int  # processed since the start
     num_generated_tokens: int
+    num_host_loads: int = 0  # that found their image in host memory
+    num_cancelled_loads: int = 0  # that nobody waited for any more
+    num_cached_pages: int = 0  # of prefixes that no running sequence has
+    num_cached_tokens: int = 0  # of prompts that were admitted, found in the prefix cache
     adapters: tuple[ResidentAdapter, ...] = ()
 
 

@@ -5,33 +5,35 @@ Plain Python over integers; knows no tensors, no device and no text.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from server.engine.budget import Budget
 from server.engine.drains import Drains
+from server.engine.endings import Fault, final_event, too_large, unservable
+from server.engine.fairness import VirtualCounters
+from server.engine.load_ahead import LOOKAHEAD, LoadAhead
+from server.engine.overload import Overload, QueueLimits
 from server.engine.plan import PlannedSequence as PlannedSequence
 from server.engine.plan import SampledToken as SampledToken
 from server.engine.plan import StepPlan as StepPlan
-from server.engine.request import Dropped, Finished, TokenEvent
+from server.engine.request import TokenEvent
 from server.engine.sequence import Sequence, Status
 from server.engine.waiting import WaitingQueue
+from server.memory.reclaim import Reclaimer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from server.engine.request import FinishReason, Submit
+    from server.engine.request import Dropped, Finished, FinishReason, Submit
     from server.memory.adapter_pool import AdapterPool
     from server.memory.kv_cache import KVCache
 
 MAX_PASSES = 64
-"""Admissions of later requests that a waiting one lets by; then nothing goes before it."""
-
-LOOKAHEAD = 128
-"""Waiting requests that one step looks at, from the front."""
-
-MAX_LOADING = 4
-"""Adapters that load at once: enough to keep the copying busy, few enough to stay in order."""
+"""Later heads that a head of the queue lets by; see `WaitingQueue`."""
 
 
 class DuplicateRequestError(ValueError):
@@ -42,9 +44,11 @@ class Scheduler:
     """Owns every sequence from submit to its one Finished.
 
     A step is plan() → run → commit(); submit, cancel and drop come between steps, or between plan
-    and commit. Contract on order: running decodes, then running prefills, then admissions in
-    queue order. Only a request whose adapter is not resident is passed by those behind it, and by
-    at most `max_passes` of them. Preempted sequences stand before all others.
+    and commit. Contract on order: running decodes, then running prefills, then admissions in the
+    order of `WaitingQueue` and within its bound on passes. Requests whose adapter loads, or waits
+    for its place among the loads, or drains, are passed freely: a slow load delays those that
+    wait for it. One whose adapter finds no room (pages or a slot) is passed within the bound, and
+    so are requests that find no pages: then nothing goes before them.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class Scheduler:
         attention_context: int | None = None,
         max_passes: int = MAX_PASSES,
         lookahead: int = LOOKAHEAD,
+        queue_limits: QueueLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """See `Budget` for `attention_context`.
+        """See `Budget` for `attention_context`; `clock` gives seconds, for deadlines in the queue.
 
         Raises ValueError at a limit below 1 (`max_passes`: below 0; `max_context`: below 2).
         """
@@ -76,18 +82,23 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of prompts that were computed to their end
         self.num_generated_tokens = 0
+        self.num_cached_tokens = 0  # of prompts that were admitted
         self._kv_cache = kv_cache
         self._adapters = adapter_pool
+        self._reclaimer = Reclaimer(kv_cache, adapter_pool)
         self._max_num_seqs = max_num_seqs
         self._budget = Budget(max_batched_tokens, attention_context)
         self._max_context = max_context
-        self._max_passes = max_passes
-        self._lookahead = lookahead
         self._live: dict[str, Sequence] = {}
         self._running: list[Sequence] = []  # in order of arrival: the newest is preempted first
-        self._waiting = WaitingQueue()
-        self._wanted: frozenset[str] = frozenset()  # adapters of the queue's front
+        self._counters = VirtualCounters()
+        self._waiting = WaitingQueue(self._counters, max_passes)
+        limits = queue_limits or QueueLimits()
+        self._overload = Overload(self._waiting, self._counters, limits, clock)
         self._drains = Drains()
+        self._ahead = LoadAhead(
+            self._waiting, adapter_pool, self._reclaimer, self._drains, lookahead
+        )
         self._events: list[Finished | Dropped] = []
         self._open_plan: StepPlan | None = None
         self._num_submitted = 0
@@ -117,21 +128,15 @@ class Scheduler:
             )
         sequence = Sequence(request, self._num_submitted)
         self._num_submitted += 1
-        self._live[request.request_id] = sequence
-        self._waiting.submit(sequence)
-        if request.sampling.max_tokens < 1:
-            self._events.append(self._finish(sequence, "length"))
-        elif sequence.num_prompt == 0:
-            self._fail(sequence, "the prompt has 0 tokens: send at least 1", "invalid_request")
-        elif sequence.num_prompt >= self._max_context:
-            self._fail(
-                sequence,
-                f"the prompt has {sequence.num_prompt} tokens, the context holds "
-                f"{self._max_context} with at least 1 of the completion: shorten the prompt",
-                "context_length_exceeded",
-            )
-        elif self._kv_cache.blocks_for(sequence.num_prompt) > self._kv_cache.max_blocks:
-            self._fail(sequence, self._too_large(sequence), "context_length_exceeded")
+        fault = unservable(sequence, self._max_context, self._kv_cache, self._adapters)
+        fault = fault or self._overload.meet(sequence)
+        if fault is not None:
+            self._events.append(final_event(sequence, "error", fault))
+        elif request.sampling.max_tokens < 1:
+            self._events.append(final_event(sequence, "length"))
+        else:
+            self._live[request.request_id] = sequence
+            self._waiting.submit(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request with reason "cancelled"; unknown and ended ids are ignored."""
@@ -145,8 +150,9 @@ class Scheduler:
 
         `abort` cancels them. Requests submitted later wait until then and load it anew.
         """
-        members = [s for s in self._live.values() if s.wanted_digest == digest]
+        members = [s for s in self._live.values() if digest in s.digests]
         self._drains.begin(digest, members)
+        self._waiting.unpark(digest)  # what an earlier Drop held back is a member now
         if abort:
             self._events.extend([self._finish(sequence, "cancelled") for sequence in members])
         self._settle_drains()
@@ -164,13 +170,15 @@ class Scheduler:
         """
         assert self._open_plan is None, "the last plan was neither committed nor abandoned"
         self._settle_loads()
+        for sequence, fault in self._overload.expired():
+            self._fail(sequence, fault)
         num_ended = len(self._events)
         # An empty step that ended a request, or refused an image, may have made way for others.
         while not (items := self._schedule()):
             if not self._settle_loads() and len(self._events) == num_ended:
                 return None
             num_ended = len(self._events)
-        items.sort(key=lambda item: (item.slot, item.sequence.arrival))
+        items.sort(key=attrgetter("slot"))  # within a slot: decodes, prefills, admissions
         self._open_plan = StepPlan(tuple(items))
         return self._open_plan
 
@@ -193,7 +201,7 @@ class Scheduler:
             if item.sequence.status is Status.RUNNING:
                 self._advance(item)
                 if token is not None:
-                    events.extend(self._accept(item.sequence, token))
+                    self._accept(item.sequence, token, events)
         self._settle_drains()
         return events
 
@@ -202,13 +210,14 @@ class Scheduler:
         assert plan is self._open_plan, "only the last plan can be abandoned, once"
         self._open_plan = None
         sequences = [i.sequence for i in plan.items if i.sequence.status is Status.RUNNING]
-        events = [self._finish(s, "error", error=error, error_code=error_code) for s in sequences]
+        events = [self._finish(s, "error", Fault(error, error_code)) for s in sequences]
         self._settle_drains()
         return events
 
     def check(self) -> None:
         """Recompute the invariants of sequences and queues; AssertionError when one is broken."""
         self._waiting.check()
+        self._reclaimer.check()
         arrivals = [sequence.arrival for sequence in self._running]
         assert arrivals == sorted(arrivals), "running sequences are out of order"
         assert len(self._running) <= self._max_num_seqs
@@ -217,13 +226,14 @@ class Scheduler:
                 sequence.check()
                 assert sequence.status is status
                 assert self._live[sequence.request_id] is sequence
-                assert sequence.num_passes <= self._max_passes
         assert len(self._live) == len(self._running) + len(self._waiting)
         for sequence in self._running:
             if sequence.slot is not None and sequence.slot >= 0:
                 assert self._adapters.digest_of(sequence.slot) == sequence.wanted_digest
             assert self._kv_cache.blocks_needed(sequence.request_id, sequence.num_computed) == 0
         for sequence in self._waiting:
+            is_parked = self._waiting.is_parked(sequence)
+            assert not (is_parked and self._ahead.is_ready(sequence)), "one that can run is parked"
             assert self._kv_cache.blocks_needed(
                 sequence.request_id, sequence.num_tokens
             ) == self._kv_cache.blocks_for(sequence.num_tokens), "a waiting sequence has blocks"
@@ -231,17 +241,42 @@ class Scheduler:
     # One step.
 
     def _schedule(self) -> list[PlannedSequence]:
-        decodes = [s for s in self._running if s.num_uncomputed == 1]
-        prefills = [s for s in self._running if s.num_uncomputed > 1]
-        items = self._plan_running(decodes, self._budget.num_tokens, 1)
+        num_preemptions = self.num_preemptions
+        items, prefills = self._plan_decodes()
         budget = self._budget.num_tokens - len(items)
-        num_long = sum(self._budget.is_long(s.num_tokens) for s in prefills)
+        num_long = sum(self._budget.is_long(s.num_to_compute) for s in prefills)
         piece = self._budget.piece(len(items), num_long)
         chunks = self._plan_running(prefills, budget, piece)
         budget -= sum(self._budget.cost(chunk) for chunk in chunks)
+        items += chunks
+        if self.num_preemptions > num_preemptions:
+            # Room for one may have been made by preempting another that was planned before it.
+            items = [item for item in items if item.sequence.status is Status.RUNNING]
         admitted, has_room = self._admit(budget, piece)
-        self._prefetch(has_room)
-        return items + chunks + admitted
+        self._ahead.load(has_room, num_spare=len(self._running))
+        self._overload.observe()
+        return items + admitted
+
+    def _plan_decodes(self) -> tuple[list[PlannedSequence], list[Sequence]]:
+        """The next token of each sequence that decodes, and the sequences that prefill.
+
+        What a step costs the scheduler is spent here and in `commit`, once for each sequence.
+        """
+        items: list[PlannedSequence] = []
+        prefills: list[Sequence] = []
+        budget, block_size = self._budget.num_tokens, self._kv_cache.block_size
+        for sequence in list(self._running):
+            start = sequence.num_computed
+            if len(sequence.token_ids) - start > 1:
+                prefills.append(sequence)
+            elif len(items) < budget and sequence.status is Status.RUNNING:
+                # Its blocks hold all known tokens but one that begins a block.
+                if start % block_size == 0 and not self._grow(sequence):
+                    continue
+                slot = sequence.slot
+                assert slot is not None
+                items.append(PlannedSequence(sequence, start, 1, slot, True))
+        return items, prefills
 
     def _plan_running(
         self, sequences: Seq[Sequence], budget: int, piece: int
@@ -255,7 +290,7 @@ class Scheduler:
         return items
 
     def _planned(self, sequence: Sequence, budget: int, piece: int) -> PlannedSequence:
-        if self._budget.is_long(sequence.num_tokens):
+        if self._budget.is_long(sequence.num_to_compute):
             budget = min(budget, piece)
         num_tokens = min(
             self._budget.affordable(sequence.num_computed, budget), sequence.num_uncomputed
@@ -271,14 +306,14 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for its known tokens; False when it had to stop."""
-        while (num_missing := self._num_missing(sequence)) > 0:
-            if self._adapters.evict_idle(num_missing, keep=self._wanted):
-                continue
-            if self._adapters.evict_idle(num_missing):
-                continue
-            victim = self._running[-1]
+        num_pages = self._kv_cache.blocks_needed(sequence.request_id, sequence.num_tokens)
+        if num_pages == 0:
+            return True
+        make_room = self._reclaimer.make_room
+        while not (make_room(num_pages, keep=self._ahead.wanted) or make_room(num_pages)):
+            victim = self._victim()
             if len(self._running) == 1 and self._adapters.num_loading == 0:
-                self._fail(sequence, self._too_large(sequence), "context_length_exceeded")
+                self._fail(sequence, too_large(sequence, self._kv_cache))
                 return False
             self._preempt(victim)
             if victim is sequence:
@@ -286,112 +321,115 @@ class Scheduler:
         self._kv_cache.extend(sequence.request_id, sequence.num_tokens)
         return True
 
+    def _victim(self) -> Sequence:
+        """Who is preempted: the newest of the tenant that was served most, worst priority first."""
+        return max(
+            self._running,
+            key=lambda s: (s.request.priority, self._counters[s.tenant], s.arrival),
+        )
+
     def _admit(self, budget: int, piece: int) -> tuple[list[PlannedSequence], bool]:
-        """Start waiting sequences; False beside them when one had to wait for KV pages."""
+        """Start waiting sequences; False beside them when one had to wait for pages or a slot."""
         items: list[PlannedSequence] = []
-        passed: list[tuple[Sequence, int]] = []  # with the number of admissions before it
-        allowance = self._max_num_seqs
-        has_room = True
-        for sequence in self._waiting.first(self._lookahead):
-            if budget <= 0 or allowance == 0 or len(self._running) >= self._max_num_seqs:
+        while budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._next_admission()
+            if sequence is None:
                 break
-            if not self._is_ready(sequence):
-                passed.append((sequence, len(items)))
-                allowance = min(allowance, self._max_passes - sequence.num_passes)
-            elif self._find_room(sequence):
+            if self._find_room(sequence):
                 items.append(self._start(sequence, budget, piece))
                 budget -= self._budget.cost(items[-1])
-                allowance -= 1
+                if sequence.num_preemptions == 0:
+                    self._counters.charge_prompt(sequence, sequence.num_uncomputed)
             elif self._running or self._adapters.num_loading:
-                has_room = False
-                break
+                return items, False
             else:
-                self._fail(sequence, self._too_large(sequence), "context_length_exceeded")
-        for sequence, num_before in passed:
-            sequence.num_passes += len(items) - num_before
-        return items, has_room
+                self._fail(sequence, too_large(sequence, self._kv_cache))
+        return items, True
 
-    def _is_ready(self, sequence: Sequence) -> bool:
-        digest = sequence.wanted_digest
-        if digest is None:
-            return True
-        return self._adapters.is_resident(digest) and not self._drains.holds_back(sequence)
+    def _next_admission(self) -> Sequence | None:
+        """The first that can run, unless one before it waits for its adapter to find room."""
+        while (sequence := self._waiting.next()) and not self._ahead.is_ready(sequence):
+            self._waiting.park(sequence)
+        return None if sequence is None or self._ahead.holds_up(sequence) else sequence
 
     def _find_room(self, sequence: Sequence) -> bool:
-        """Make room for all its known tokens, if evicting idle adapters is enough for it.
+        """Take the blocks that are cached of it, and make room for the rest, if that can be had.
 
-        One page for each running sequence stays free, or admitting would soon mean preempting.
+        A page for each running sequence can still be had then, or admitting would soon mean
+        preempting. A combination needs a slot, too. What the queue's front needs goes last.
         """
-        num_missing = self._num_missing(sequence) + len(self._running)
-        keep = () if sequence.wanted_digest is None else (sequence.wanted_digest,)
-        if num_missing > 0:
-            if self._adapters.num_idle_pages(keep) < num_missing:
-                return False
-            self._adapters.evict_idle(num_missing, keep)
-        return True
+        cache, seq_id, num_tokens = self._kv_cache, sequence.request_id, sequence.num_tokens
+        keys = sequence.block_keys(cache.block_size)
+        keep = [image.digest for image in sequence.members]
+        num_pages = cache.blocks_to_begin(keys, num_tokens) + len(self._running)
+        if not self._reclaimer.has_room(num_pages, keep):
+            return False
+        image, wanted = sequence.request.adapter, self._ahead.wanted
+        if image is not None and not self._reclaimer.make_slot(image, wanted):
+            return False
+        sequence.num_found = sequence.num_computed = cache.share(seq_id, keys, num_tokens)
+        num_pages = cache.blocks_needed(seq_id, num_tokens)
+        make_room = self._reclaimer.make_room
+        return make_room(num_pages, wanted.union(keep)) or make_room(num_pages, keep)
 
     def _start(self, sequence: Sequence, budget: int, piece: int) -> PlannedSequence:
-        digest = sequence.wanted_digest
-        slot = -1 if digest is None else self._adapters.acquire(digest)
+        image, adapters = sequence.request.adapter, self._adapters
+        if image is not None and image.parts:
+            slot = adapters.combine(image)
+        else:
+            slot = -1 if image is None else adapters.acquire(image.digest)
         assert slot is not None, "only a resident adapter's sequence is ready"
         self._kv_cache.extend(sequence.request_id, sequence.num_tokens)
-        self._waiting.remove(sequence)
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_found
+            self.num_cached_tokens += sequence.num_found
+        self._waiting.admit(sequence)
         insort(self._running, sequence, key=lambda s: s.arrival)
         sequence.slot = slot
         sequence.status = Status.RUNNING
         return self._planned(sequence, budget, piece)
 
-    def _prefetch(self, has_room: bool) -> None:
-        """Load what the queue's front needs, in its order, unless a sequence waits for pages."""
-        wanted: set[str] = set()
-        for sequence in self._waiting.first(self._lookahead):
-            image = sequence.request.adapter
-            if image is None or image.digest in wanted or self._drains.holds_back(sequence):
-                continue
-            if not self._adapters.is_resident(image.digest):
-                is_bounded = has_room and self._adapters.num_loading < MAX_LOADING
-                # Behind one that finds no room nothing is loaded: it would take the room first.
-                if not is_bounded or not self._adapters.request(
-                    image, keep=wanted, num_spare=len(self._running)
-                ):
-                    break
-            wanted.add(image.digest)
-        self._wanted = frozenset(wanted)
-
     # Sequences.
 
-    def _num_missing(self, sequence: Sequence) -> int:
-        """Pages to be freed before it has blocks for its known tokens; negative = to spare."""
-        needed = self._kv_cache.blocks_needed(sequence.request_id, sequence.num_tokens)
-        return needed - self._kv_cache.num_free
-
     def _advance(self, item: PlannedSequence) -> None:
-        sequence = item.sequence
-        assert sequence.num_computed == item.start
-        sequence.num_computed += item.num_tokens
+        sequence, start, num_tokens, slot, _ = item
+        assert sequence.num_computed == start
+        sequence.num_computed = num_computed = start + num_tokens
         # The slot, not the request, says which adapter computed them.
-        sequence.adapter_digest = None if item.slot < 0 else self._adapters.digest_of(item.slot)
+        sequence.adapter_digest = None if slot < 0 else self._adapters.digest_of(slot)
+        block_size = self._kv_cache.block_size
+        if num_computed % block_size < num_tokens:  # a block is full
+            digest = sequence.wanted_digest
+            if sequence.adapter_digest == digest:
+                keys = sequence.block_keys(block_size)
+                self._kv_cache.publish(sequence.request_id, keys, num_computed, digest)
 
-    def _accept(self, sequence: Sequence, token: SampledToken) -> list[TokenEvent | Finished]:
-        sampling = sequence.request.sampling
+    def _accept(
+        self, sequence: Sequence, token: SampledToken, events: list[TokenEvent | Finished]
+    ) -> None:
+        """Append a sequence's next token, and what it means for its client to `events`."""
+        request, token_ids = sequence.request, sequence.token_ids
+        sampling, num_prompt = request.sampling, len(request.prompt_token_ids)
         self.num_generated_tokens += 1
-        if sequence.num_generated == 0:
-            self.num_prompt_tokens += sequence.num_prompt
+        self._counters.charge_token(sequence)
+        if len(token_ids) == num_prompt:
+            self.num_prompt_tokens += num_prompt
         if token.token_id in sampling.stop_token_ids:
-            return [self._finish(sequence, "stop", num_unseen=1)]
-        sequence.token_ids.append(token.token_id)
-        events: list[TokenEvent | Finished] = [
+            events.append(self._finish(sequence, "stop", num_unseen=1))
+            return
+        token_ids.append(token.token_id)
+        events.append(
             TokenEvent(
-                request_id=sequence.request_id,
+                request_id=request.request_id,
                 token_ids=(token.token_id,),
                 logprobs=None if token.logprobs is None else (token.logprobs,),
+                num_cached_tokens=sequence.num_cached or 0,
                 adapter_digest=sequence.adapter_digest,
             )
-        ]
-        is_full = sequence.num_tokens >= self._max_context
-        if is_full or sequence.num_generated >= sampling.max_tokens:
+        )
+        num_tokens = len(token_ids)
+        if num_tokens >= self._max_context or num_tokens - num_prompt >= sampling.max_tokens:
             events.append(self._finish(sequence, "length"))
-        return events
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
@@ -409,57 +447,45 @@ class Scheduler:
             self._adapters.release(sequence.wanted_digest)
         sequence.slot = None
 
-    def _fail(self, sequence: Sequence, error: str, error_code: str) -> None:
-        self._events.append(self._finish(sequence, "error", error=error, error_code=error_code))
+    def _fail(self, sequence: Sequence, fault: Fault) -> None:
+        self._events.append(self._finish(sequence, "error", fault))
 
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
+        fault: Fault | None = None,
         *,
         num_unseen: int = 0,
-        error: str | None = None,
-        error_code: str | None = None,
     ) -> Finished:
         """End a live sequence and return its one final event; `num_unseen` counts a stop token."""
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
         else:
             self._waiting.remove(sequence)
+            self._ahead.give_up(sequence)
         sequence.status = Status.FINISHED
         del self._live[sequence.request_id]
         self._drains.leave(sequence)
-        return Finished(
-            request_id=sequence.request_id,
-            reason=reason,
-            num_prompt_tokens=sequence.num_prompt,
-            num_completion_tokens=sequence.num_generated + num_unseen,
-            adapter_digest=sequence.adapter_digest,
-            error=error,
-            error_code=error_code,
-        )
-
-    def _too_large(self, sequence: Sequence) -> str:
-        num_blocks = self._kv_cache.blocks_for(sequence.num_tokens)
-        return (
-            f"{sequence.num_tokens} tokens take {num_blocks} pages beside those of the adapter, "
-            f"and the pool has {self._kv_cache.max_blocks}: shorten the prompt or the completion, "
-            "or make the pool larger (pool_bytes)"
-        )
+        return final_event(sequence, reason, fault, num_unseen=num_unseen)
 
     # Adapters.
 
     def _settle_loads(self) -> bool:
         """Take in the loads that ended; whether there were any."""
         results = self._adapters.poll()
-        failed = {digest: error for digest, error in results if error is not None}
-        if failed:
-            for sequence in [s for s in self._waiting if s.wanted_digest in failed]:
-                error = failed[sequence.wanted_digest or ""]
-                self._fail(sequence, error, "adapter_load_failed")
+        for digest, error in results:
+            if error is None:
+                self._waiting.unpark(digest)
+                continue
+            for sequence in self._waiting.waiting_for(digest):
+                self._fail(sequence, Fault(error, "adapter_load_failed"))
         self._settle_drains()
         return bool(results)
 
     def _settle_drains(self) -> None:
         if self._drains:
-            self._events.extend(self._drains.settle(self._adapters))
+            dropped = self._drains.settle(self._adapters)
+            for each in dropped:
+                self._reclaimer.forget(each.digest)
+            self._events.extend(dropped)

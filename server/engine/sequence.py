@@ -6,8 +6,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from server.memory.prefix_index import BlockKeys
+
 if TYPE_CHECKING:
-    from server.engine.request import Submit
+    from collections.abc import Sequence as Seq
+
+    from server.engine.request import AdapterImage, Submit
+
+
+BASE_TENANT = "base"
+"""Whom requests without adapter count for, unless they name a tenant."""
 
 
 class Status(Enum):
@@ -28,15 +36,27 @@ class Sequence:
     request: Submit
     arrival: int  # place in the order of submission
     token_ids: list[int] = field(init=False)  # the prompt, then what was generated
+    tenant: str = field(init=False)  # whose service it counts as
+    members: tuple[AdapterImage, ...] = field(init=False)  # which have to be resident to run it
+    digests: tuple[str | None, ...] = field(init=False)  # wanted_digest, and those of members
     num_computed: int = 0  # leading tokens whose keys and values are in the KV cache
+    num_found: int = 0  # of these, found in the prefix cache when it was admitted last
+    num_cached: int | None = None  # num_found of its first admission; None = it had none
     status: Status = Status.WAITING
     slot: int | None = None  # -1 = base model; None = not admitted
     adapter_digest: str | None = None  # of the slot that computed its tokens
-    num_passes: int = 0  # admissions of requests behind it while it waited
     num_preemptions: int = 0
+    _keys: BlockKeys = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        image = self.request.adapter
+        self.members = image.members if image is not None else ()
+        parts = self.members if image is not None and image.parts else ()
+        self.digests = (self.wanted_digest, *(part.digest for part in parts))
+        tenant = self.request.tenant
+        self.tenant = self.wanted_digest or BASE_TENANT if tenant is None else tenant
+        self._keys = BlockKeys(self.request.cache_salt, self.wanted_digest)
 
     @property
     def request_id(self) -> str:
@@ -44,7 +64,7 @@ class Sequence:
 
     @property
     def wanted_digest(self) -> str | None:
-        """Of the adapter that the request names; None = base model."""
+        """Of the adapter or combination that the request names; None = base model."""
         return self.request.adapter.digest if self.request.adapter else None
 
     @property
@@ -62,9 +82,18 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
+    def num_to_compute(self) -> int:
+        """Known tokens that it computes, or has computed, since it was admitted."""
+        return len(self.token_ids) - self.num_found
+
+    @property
     def num_uncomputed(self) -> int:
         """Known tokens that have no keys and values yet; 1 = decode, more = prefill."""
         return len(self.token_ids) - self.num_computed
+
+    def block_keys(self, block_size: int) -> Seq[bytes]:
+        """Keys of its full blocks so far, by which the KV cache knows their content."""
+        return self._keys.of(self.token_ids, block_size)
 
     def check(self) -> None:
         """Recompute the invariant; AssertionError when it does not hold."""

@@ -13,6 +13,8 @@ import torch
 
 from adapters_store.layout import TARGET_PATHS
 from adapters_store.packing import check_layout
+from server.engine.overload import QueueLimits
+from server.memory.image_loader import LoadLimits
 from server.memory.page_pool import PageGeometry, choose_block_size
 from server.model.config import ModelError
 from server.model.linear import can_serve_int8
@@ -27,6 +29,23 @@ if TYPE_CHECKING:
 
 MAX_CPU_POOL_BYTES = 2 << 30
 CPU_POOL_SHARE, GPU_POOL_SHARE = 0.25, 0.9
+
+MAX_HOST_BYTES = 32 << 30
+HOST_SHARE = 0.25
+"""Of the memory that is free at start, for images of adapters beside a GPU."""
+
+OPERATIONS_PER_SECOND = {"cpu": 1e11, "cuda": 1.5e14}
+"""What a prefill reaches: two to four cores with AVX-512, half of an A100's peak in 16 bits."""
+
+LOAD_BYTES_PER_SECOND = {"cpu": 2e9, "cuda": 1e10}
+"""A copy out of the page cache; pinned memory over PCIe 4. Only the ratio to the line above counts,
+and only roughly: it decides between a cached prefix and an adapter that are used about as often.
+A page of keys is worth 100 uses of a page of an adapter with SmolLM2 on a CPU, 2 with Llama-7B on
+an A100."""
+
+LOAD_THREADS = {"cpu": 2, "cuda": 4}
+"""On a CPU a thread that copies takes a core from the steps; the second goes on beside one whose
+read hangs. Beside a GPU they only wait, and the scheduler asks for 4 loads at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +62,14 @@ class EngineSpec:
     max_context: int
     max_num_seqs: int
     max_batched_tokens: int
+    max_passes: int
+    queue_limits: QueueLimits
     max_adapters: int
     max_adapter_rank: int
     cuda_graphs: bool  # without effect on a CPU
+    prefix_cache: bool
+    adapter_memory_share: float | None  # of the pool, for adapters alone; None: all is shared
+    loads: LoadLimits
 
     @property
     def layout(self) -> BaseLayout:
@@ -71,6 +95,22 @@ class EngineSpec:
         config = self.config
         products = sum(t.in_features * t.out_features for t in config.target_shapes())
         return max(1, products // (2 * config.num_heads * config.head_dim) // 2)
+
+    @property
+    def compute_seconds(self) -> float:
+        """About how long it takes to compute the keys and values of a page again.
+
+        Two operations for each weight and token; attention is left out, which is little of it.
+        """
+        targets = sum(t.in_features * t.out_features for t in self.config.target_shapes())
+        num_operations = 2 * self.config.num_layers * targets * self.geometry.block_size
+        return num_operations / OPERATIONS_PER_SECOND[self.device]
+
+    @property
+    def load_seconds(self) -> float:
+        """About how long it takes to load a page of an adapter again."""
+        rate = LOAD_BYTES_PER_SECOND[self.device]
+        return self.page_bytes / min(rate, self.loads.bytes_per_second or rate)
 
     @property
     def max_rows(self) -> int:
@@ -107,10 +147,20 @@ def engine_spec(settings: Settings) -> EngineSpec:
         max_context=_max_context(settings.max_context, config),
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
+        max_passes=settings.max_passes,
+        queue_limits=QueueLimits(settings.max_queue, settings.max_queue_per_adapter),
         max_adapters=settings.max_adapters,
         max_adapter_rank=settings.max_adapter_rank,
         cuda_graphs=settings.cuda_graphs,
+        prefix_cache=settings.prefix_cache,
+        adapter_memory_share=settings.adapter_memory_share,
+        loads=_load_limits(settings, device),
     )
+    if 0 < spec.loads.host_bytes < spec.page_bytes:
+        raise ModelError(
+            f"host_memory_bytes {spec.loads.host_bytes} is less than a page of {spec.page_bytes} "
+            "bytes: raise it, or set it to 0 to keep no adapters in host memory"
+        )
     if spec.int8 and (spec.dtype != "bfloat16" or not can_serve_int8(device)):
         raise ModelError(
             f"quantization 'int8' is served in bfloat16 on a CPU with AVX512-VNNI and AVX512-BF16, "
@@ -155,6 +205,26 @@ def _max_context(wanted: int | None, config: ModelConfig) -> int:
             "was made for: lower it"
         )
     return wanted or config.max_context
+
+
+def _load_limits(settings: Settings, device: str) -> LoadLimits:
+    host_bytes = settings.host_memory_bytes
+    return LoadLimits(
+        num_threads=settings.load_threads or LOAD_THREADS[device],
+        host_bytes=_default_host_bytes(device) if host_bytes is None else host_bytes,
+        bytes_per_second=settings.load_bytes_per_second,
+        timeout_seconds=settings.load_timeout_seconds,
+    )
+
+
+def _default_host_bytes(device: str) -> int:
+    """None beside a CPU: the file is in the page cache already, a copy of ours would be a second.
+
+    A GPU copies from pinned memory only, which the page cache is not.
+    """
+    if device == "cpu":
+        return 0
+    return min(MAX_HOST_BYTES, int(HOST_SHARE * psutil.virtual_memory().available))
 
 
 def _default_pool_bytes(device: str) -> int:

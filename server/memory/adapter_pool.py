@@ -5,25 +5,26 @@ Knows digests and images, not names; never waits for a load.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
-from server.memory.image_loader import ImageError, ThreadedImageLoader
+from server.memory.idle_heap import IdleHeap
+from server.memory.image_file import ImageError, RankTable
+from server.memory.image_loader import TIMEOUT_SECONDS, ThreadedImageLoader
+from server.memory.image_sizes import ImageSizes
+from server.memory.loads import Loads
 from server.memory.residency import ResidentAdapter
-from server.memory.row_table import RowTable
+from server.memory.row_table import RowTable, combine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from adapters_store.layout import BaseLayout
     from kernels.layout import RankRows
-    from server.memory.image_loader import ImageLoader, ImageSize, RankTable
+    from server.memory.image_loader import ImageLoader
     from server.memory.page_pool import PagePool
     from server.memory.residency import AdapterImage
-
-_MAX_SIZES = 1024
-"""Image sizes remembered between a request that found no room and the next."""
 
 
 class LoadResult(NamedTuple):
@@ -35,15 +36,18 @@ class LoadResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Adapter:
-    """One adapter that holds pages and a slot; changed only by AdapterPool."""
+    """One adapter or combination that holds a slot; changed only by AdapterPool."""
 
     image: AdapterImage
     slot: int
-    pages: list[int]
-    loaded: bool = False
+    pages: list[int]  # its own: a combination has none
+    rows: RankTable | None = None  # where its rank rows lie in the pool; None until it is loaded
     num_users: int = 0
     num_uses: int = 0
-    last_used: int = 0  # AdapterPool's clock
+
+    @property
+    def loaded(self) -> bool:
+        return self.rows is not None
 
     @property
     def is_idle(self) -> bool:
@@ -53,9 +57,12 @@ class _Adapter:
 class AdapterPool:
     """Residency of adapters by digest: absent → loading → resident (idle or pinned) → absent.
 
+    A combination is resident while it has users, in a slot of its own, its rows in the pages of
+    its members: each of these is resident, once for all, and has the combination's users, too.
+
     Invariants: a slot and a page belong to one adapter; only idle adapters are evicted; the row
     table of a slot without a resident adapter is empty; every row of a resident one lies in its
-    own pages. All methods belong to one thread; the loader's thread only reports.
+    own pages, or its members'. All methods belong to one thread; the loader's thread only reports.
     """
 
     def __init__(
@@ -66,10 +73,14 @@ class AdapterPool:
         layout: BaseLayout,
         *,
         loader: ImageLoader | None = None,
+        load_timeout_seconds: float = TIMEOUT_SECONDS,
+        page_seconds: float = 1.0,
         on_loaded: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocate the row table of `num_slots` slots of `max_rows` rows on the pool's device.
 
+        `page_seconds` is what it costs to load a page again, by which evictions are decided.
         `on_loaded` is called from the loader's thread at the end of each load, for `poll` to take.
         Raises ValueError without a slot, or when the pool's pages are not those of the layout.
         """
@@ -83,18 +94,23 @@ class AdapterPool:
             )
         self.num_loads = 0
         self.num_evictions = 0
-        self._pool = pool
+        self.pool = pool
         self._table = RowTable(num_slots, max_rows, layout, pool.storage.device)
         self._loader = loader or ThreadedImageLoader(pool.storage, layout)
-        self._on_loaded = on_loaded
+        self._loads = Loads(
+            self._loader, timeout_seconds=load_timeout_seconds, on_ended=on_loaded, clock=clock
+        )
         self._adapters: dict[str, _Adapter] = {}
+        self._combinations: dict[str, _Adapter] = {}  # those that have users
         self._by_slot: list[_Adapter | None] = [None] * num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._sizes: dict[str, ImageSize] = {}
+        self._sizes = ImageSizes(
+            self._loader, num_slots=num_slots, num_pages=pool.num_pages, max_rows=max_rows
+        )
         self._refused: list[LoadResult] = []  # failed before they took a page
-        self._done: SimpleQueue[tuple[str, RankTable | ImageError]] = SimpleQueue()
-        self._num_loading = 0
-        self._clock = 0
+        self._page_seconds = page_seconds
+        self._idle: IdleHeap[str] = IdleHeap()
+        self._num_idle_pages = 0
 
     # What is there.
 
@@ -114,7 +130,19 @@ class AdapterPool:
 
     @property
     def num_loading(self) -> int:
-        return self._num_loading
+        return len(self._loads)
+
+    @property
+    def num_host_loads(self) -> int:
+        """Loads that found their image in host memory."""
+        return self._loader.host.num_hits
+
+    @property
+    def num_cancelled_loads(self) -> int:
+        return self._loads.num_cancelled
+
+    def is_loading(self, digest: str) -> bool:
+        return digest in self._loads
 
     def is_resident(self, digest: str) -> bool:
         adapter = self._adapters.get(digest)
@@ -130,20 +158,48 @@ class AdapterPool:
         return self._table.max_span_rows[slot]
 
     def num_idle_pages(self, keep: Collection[str] = ()) -> int:
-        """Pages that `evict_idle` with the same `keep` could free at most."""
-        return sum(len(adapter.pages) for adapter in self._idle(keep))
+        """Pages of adapters that may be evicted, those in `keep` excepted."""
+        kept = (self._adapters[digest].pages for digest in set(keep) if digest in self._idle)
+        return self._num_idle_pages - sum(map(len, kept))
+
+    @property
+    def has_free_slot(self) -> bool:
+        return bool(self._free_slots)
+
+    def least_idle(self, keep: Collection[str] = ()) -> tuple[float, str] | None:
+        """Priority and digest of the least valuable adapter that may be evicted; None without."""
+        return self._idle.least(keep)
+
+    def pages_for(self, image: AdapterImage) -> int:
+        """Pages that a load of the image takes. Raises ImageError where `request` reports one."""
+        return self._sizes.of(image).num_pages
+
+    def misfit(self, image: AdapterImage) -> str | None:
+        """Why a combination could never be resident; None if it could, or is none.
+
+        Reads the members' headers, each once only, as `request` does.
+        """
+        return self._sizes.misfit(image)
+
+    def needs_slot(self, image: AdapterImage) -> bool:
+        """Whether its next user takes a free slot: of a combination without users."""
+        return bool(image.parts) and image.digest not in self._combinations
 
     def report(self) -> tuple[ResidentAdapter, ...]:
-        return tuple(
+        in_host = self._loader.host.num_pages_by_digest()
+        on_device = [
             ResidentAdapter(
                 digest=digest,
                 state="resident" if adapter.loaded else "loading",
                 num_pages=len(adapter.pages),
                 num_users=adapter.num_users,
                 num_uses=adapter.num_uses,
+                num_host_pages=in_host.pop(digest, 0),
             )
             for digest, adapter in self._adapters.items()
-        )
+        ]
+        others = (ResidentAdapter(d, "host", num_host_pages=n) for d, n in in_host.items())
+        return (*on_device, *others)
 
     # Loads.
 
@@ -151,57 +207,62 @@ class AdapterPool:
         self,
         image: AdapterImage,
         *,
-        keep: Collection[str] = (),
         num_spare: int = 0,
-        may_evict: bool = True,
+        is_preload: bool = False,
     ) -> bool:
         """Start a load when pages and a slot can be had; False when they cannot be had now.
 
         True says that `poll` returns this digest's result, or did. Reads the file's header, no
-        more. Evicts the least valuable idle adapters, those in `keep` excepted, when that makes
-        room, and none when it does not; leaves `num_spare` pages free.
+        more, and once only. Leaves `num_spare` pages free and evicts nothing: see Reclaimer.load.
+        A preload is not ended by `cancel`.
         """
         digest = image.digest
+        if digest in self._loads:
+            if (error := self._loads.join(digest, is_preload=is_preload)) is not None:
+                self._refused.append(LoadResult(digest, error))
+            return True
         if digest in self._adapters:
             return True
         try:
-            size = self._size(image)
+            size = self._sizes.of(image)
         except ImageError as error:
             self._refused.append(LoadResult(digest, str(error)))
             return True
-        num_missing = size.num_pages + num_spare - self._pool.num_free
-        if num_missing > 0 or not self._free_slots:
-            victims = self._victims(num_missing, keep) if may_evict else None
-            if victims is None:
-                return False
-            for victim in victims:
-                self._evict(victim)
-        adapter = _Adapter(image, self._free_slots.pop(), self._pool.allocate(size.num_pages))
+        if size.num_pages + num_spare > self.pool.num_free or not self._free_slots:
+            return False
+        adapter = _Adapter(image, self._free_slots.pop(), self.pool.allocate(size.num_pages))
         self._adapters[digest] = adapter
         self._by_slot[adapter.slot] = adapter
-        self._num_loading += 1
-        del self._sizes[digest]
-        self._loader.start(image, adapter.pages, lambda outcome: self._finish(digest, outcome))
+        self._loads.start(image, adapter.pages, is_preload=is_preload)
         return True
 
+    def cancel(self, digest: str) -> None:
+        """No request waits for the adapter any more: end its load, unless it is a preload.
+
+        Pages and slot come back in a later `poll`, when no thread can write the pages any more. A
+        `request` until then takes the cancel back.
+        """
+        self._loads.cancel(digest)
+
     def poll(self) -> list[LoadResult]:
-        """Make finished loads resident, give back the pages of failed ones, and say which."""
+        """Make finished loads resident, give back the pages of the others, and say which.
+
+        A load that takes too long is said to have failed; its pages come back when it has ended.
+        """
         results, self._refused = self._refused, []
-        while True:
-            try:
-                digest, outcome = self._done.get_nowait()
-            except Empty:
-                return results
-            self._num_loading -= 1
-            if isinstance(outcome, ImageError):
-                self._remove(self._adapters[digest])
-                results.append(LoadResult(digest, str(outcome)))
-            else:
+        for digest, outcome in self._loads.take_ended():
+            if isinstance(outcome, RankTable):
                 self._install(self._adapters[digest], outcome)
                 results.append(LoadResult(digest, None))
+            else:
+                self._remove(self._adapters[digest])
+                if outcome is not None:
+                    results.append(LoadResult(digest, str(outcome)))
+        results += [LoadResult(*overdue) for overdue in self._loads.take_overdue()]
+        return results
 
     def close(self) -> None:
-        """Wait for the copy in progress; the pool is of no use afterwards."""
+        """End the copies in progress; the pool is of no use afterwards."""
         self._loader.close()
 
     # Users.
@@ -211,134 +272,137 @@ class AdapterPool:
         adapter = self._adapters.get(digest)
         if adapter is None or not adapter.loaded:
             return None
-        self._touch(adapter)
+        if adapter.is_idle:
+            self._withdraw(adapter)
         adapter.num_users += 1
         adapter.num_uses += 1
         return adapter.slot
 
+    def combine(self, image: AdapterImage) -> int | None:
+        """`acquire` for a combination, and so for all its members; its slot.
+
+        None unless all members are resident and, if it `needs_slot`, one is free.
+        """
+        members = [self._adapters.get(member.digest) for member in image.members]
+        tables = [x.rows for x in members if x is not None and x.rows is not None]
+        if len(tables) < len(members) or (self.needs_slot(image) and not self._free_slots):
+            return None
+        if self.needs_slot(image):
+            rows = combine(tables, [part.weight for part in image.parts])
+            mix = _Adapter(image, self._free_slots.pop(), [], rows)
+            self._table.install(mix.slot, rows)
+            self._combinations[image.digest] = self._by_slot[mix.slot] = mix
+        for member in image.members:
+            self.acquire(member.digest)
+        mix = self._combinations[image.digest]
+        mix.num_users += 1
+        return mix.slot
+
     def release(self, digest: str) -> None:
-        """Take back one `acquire`. Raises ValueError when there is none to take back."""
+        """Take back one `acquire` or `combine`. Raises ValueError when there is none."""
+        if (mix := self._combinations.get(digest)) is not None:
+            self._release_combination(mix)
+            return
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.num_users == 0:
             raise ValueError(f"adapter {digest} has no users: release it once for each acquire")
         adapter.num_users -= 1
-        self._touch(adapter)
+        if adapter.is_idle:
+            self._offer(adapter)
 
     # Evictions.
 
-    def evict_idle(self, num_pages: int, keep: Collection[str] = ()) -> int:
-        """Evict idle adapters, the least valuable first, until `num_pages` are free of them.
-
-        Spares those in `keep`. Returns the pages freed: more than asked for when the last one was
-        large, fewer when no more are idle.
-        """
-        num_freed = 0
-        for adapter in self._idle(keep):
-            if num_freed >= num_pages:
-                break
-            num_freed += len(adapter.pages)
-            self._evict(adapter)
-        return num_freed
+    def evict(self, digest: str) -> None:
+        """Take an idle adapter off the device to make room. Raises ValueError unless it is idle."""
+        adapter = self._adapters.get(digest)
+        if adapter is None or not adapter.is_idle:
+            raise ValueError(f"adapter {digest} is not idle: only an idle adapter is evicted")
+        self._remove(adapter)
+        self.num_evictions += 1
 
     def drop(self, digest: str) -> int | None:
-        """Take an idle adapter off the device and return the bytes freed, 0 when it is absent.
+        """Take an idle adapter off device and host; the device's bytes freed, 0 when absent there.
 
         None, and nothing happens, while it is pinned or loading: ask again after that.
         """
         adapter = self._adapters.get(digest)
+        if adapter is not None and not adapter.is_idle:
+            return None
+        self._loader.host.discard(digest)
         if adapter is None:
             return 0
-        if not adapter.is_idle:
-            return None
         self._remove(adapter)
-        return len(adapter.pages) * self._pool.page_bytes
+        return len(adapter.pages) * self.pool.page_bytes
 
     def check(self) -> None:
         """Recompute the invariants; AssertionError when one does not hold."""
         pages = [page for adapter in self._adapters.values() for page in adapter.pages]
         assert len(set(pages)) == len(pages), "two adapters share a page"
-        assert not any(self._pool.is_free(page) for page in pages), "an adapter holds a free page"
+        assert not any(self.pool.is_free(page) for page in pages), "an adapter holds a free page"
         assert all(a.num_users == 0 for a in self._adapters.values() if not a.loaded)
         assert all(a.num_users >= 0 for a in self._adapters.values())
-        assert self._num_loading == sum(not adapter.loaded for adapter in self._adapters.values())
-        used = {adapter.slot: adapter for adapter in self._adapters.values()}
-        assert len(used) == len(self._adapters), "two adapters share a slot"
+        self._loads.check({d: a.pages for d, a in self._adapters.items() if not a.loaded})
+        idle = {digest: a for digest, a in self._adapters.items() if a.is_idle}
+        assert idle.keys() == {d for d in self._adapters if d in self._idle}
+        assert len(idle) == len(self._idle)
+        assert self._num_idle_pages == sum(len(a.pages) for a in idle.values())
+        self._idle.check()
+        with_slot = [*self._adapters.values(), *self._combinations.values()]
+        used = {adapter.slot: adapter for adapter in with_slot}
+        assert len(used) == len(with_slot), "two adapters share a slot"
         assert sorted([*used, *self._free_slots]) == list(range(self.num_slots))
         for slot, held in enumerate(self._by_slot):
             assert held is used.get(slot), f"slot {slot} is not that of its adapter"
-            self._table.check(slot, held.pages if held is not None and held.loaded else [])
+            self._table.check(slot, self._pages_of(held) if held and held.loaded else [])
+        for mix in self._combinations.values():
+            assert mix.num_users > 0, "a combination without users"
+            assert all(self._adapters[x.digest].num_users for x in mix.image.members), "no pin"
+
+    def _pages_of(self, adapter: _Adapter) -> list[int]:
+        """The pages in which its rows lie."""
+        return [page for x in adapter.image.members for page in self._adapters[x.digest].pages]
+
+    def _release_combination(self, mix: _Adapter) -> None:
+        mix.num_users -= 1
+        if mix.num_users == 0:
+            self._free_slot(mix.slot)
+            del self._combinations[mix.image.digest]
+        for member in mix.image.members:
+            self.release(member.digest)
 
     def _resident_in(self, slot: int) -> _Adapter:
-        adapter = self._by_slot[slot] if 0 <= slot < self.num_slots else None
+        adapter = self._by_slot[slot] if 0 <= slot < len(self._by_slot) else None
         if adapter is None or not adapter.loaded:
             raise KeyError(f"slot {slot} has no resident adapter")
         return adapter
 
-    def _size(self, image: AdapterImage) -> ImageSize:
-        size = self._sizes.get(image.digest)
-        if size is None:
-            size = self._loader.measure(image)
-            self._check_size(image, size)
-            if len(self._sizes) >= _MAX_SIZES:
-                self._sizes.clear()
-            self._sizes[image.digest] = size
-        return size
-
-    def _check_size(self, image: AdapterImage, size: ImageSize) -> None:
-        if size.num_pages > self._pool.num_pages:
-            raise ImageError(
-                f"adapter {image.digest} takes {size.num_pages} pages, the pool has "
-                f"{self._pool.num_pages}: make the pool larger (pool_bytes) or the rank smaller"
-            )
-        if size.num_rows > self._table.max_rows:
-            raise ImageError(
-                f"adapter {image.digest} has {size.num_rows} rank rows, a slot has room for "
-                f"{self._table.max_rows}: raise max_adapter_rank or use a smaller rank"
-            )
-
-    def _finish(self, digest: str, outcome: RankTable | ImageError) -> None:
-        self._done.put((digest, outcome))
-        self._on_loaded()
-
     def _install(self, adapter: _Adapter, table: RankTable) -> None:
-        self._table.install(adapter.slot, table, adapter.pages)
-        adapter.loaded = True
+        adapter.rows = self._table.locate(table, adapter.pages)
+        self._table.install(adapter.slot, adapter.rows)
         self.num_loads += 1
-        self._touch(adapter)
+        self._offer(adapter)
 
-    def _touch(self, adapter: _Adapter) -> None:
-        self._clock += 1
-        adapter.last_used = self._clock
+    def _offer(self, adapter: _Adapter) -> None:
+        """It has become idle: its worth a page is its uses times what a page costs to load again.
 
-    def _value(self, adapter: _Adapter) -> float:
-        """Recency × frequency ÷ reload cost: what a page that it holds is worth."""
-        age = self._clock - adapter.last_used + 1
-        return (adapter.num_uses + 1) / (age * max(1, len(adapter.pages)))
+        A load that nobody has made use of yet was made for one use.
+        """
+        worth = max(1, adapter.num_uses) * self._page_seconds
+        self._idle.put(adapter.image.digest, self.pool.price + worth)
+        self._num_idle_pages += len(adapter.pages)
 
-    def _idle(self, keep: Collection[str]) -> list[_Adapter]:
-        """Those that may be evicted, the least valuable first."""
-        idle = (a for digest, a in self._adapters.items() if a.is_idle and digest not in keep)
-        return sorted(idle, key=self._value)
-
-    def _victims(self, num_pages: int, keep: Collection[str]) -> list[_Adapter] | None:
-        """The idle adapters whose eviction gives `num_pages` pages and a slot; None if too few."""
-        victims: list[_Adapter] = []
-        num_freed = 0
-        for adapter in self._idle(keep):
-            if num_freed >= num_pages and (victims or self._free_slots):
-                break
-            victims.append(adapter)
-            num_freed += len(adapter.pages)
-        enough = num_freed >= num_pages and bool(victims or self._free_slots)
-        return victims if enough else None
-
-    def _evict(self, adapter: _Adapter) -> None:
-        self._remove(adapter)
-        self.num_evictions += 1
+    def _withdraw(self, adapter: _Adapter) -> None:
+        self._idle.discard(adapter.image.digest)
+        self._num_idle_pages -= len(adapter.pages)
 
     def _remove(self, adapter: _Adapter) -> None:
-        self._table.clear(adapter.slot)
-        self._pool.free(adapter.pages)
-        self._free_slots.append(adapter.slot)
-        self._by_slot[adapter.slot] = None
+        if adapter.is_idle:
+            self._withdraw(adapter)
+        self.pool.free(adapter.pages)
+        self._free_slot(adapter.slot)
         del self._adapters[adapter.image.digest]
+
+    def _free_slot(self, slot: int) -> None:
+        self._table.clear(slot)
+        self._free_slots.append(slot)
+        self._by_slot[slot] = None

@@ -1,49 +1,43 @@
-"""Reads packed adapter images and copies them into pages, in a thread of its own.
-
-An image is a safetensors file: `pages` [n, page_elements] in the pool's dtype, `row_ptr`
-[num_layers * num_targets + 1] int32, `row_offset` [rows] int64, which counts elements from the
-image's first page, `row_scale` [rows] fp32; its metadata name the adapter ("digest") and the
-layout that it was packed for ("layout").
-"""
+"""Brings packed adapter images into pages, from disk or from host memory, in threads of its own."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import logging
+import threading
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from kernels.layout import ROW_ALIGNMENT, row_elements
+from server.memory.byte_rate import ByteRate
+from server.memory.host_images import HostImages
+from server.memory.image_file import ImageError as ImageError
+from server.memory.image_file import ImageFile
+from server.memory.image_file import ImageSize as ImageSize
+from server.memory.image_file import RankTable as RankTable
+from server.memory.page_writer import host_pages, page_writer, pinned_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
+
     from adapters_store.layout import BaseLayout
+    from server.memory.host_images import HostImage
+    from server.memory.page_writer import PageWriter
     from server.memory.residency import AdapterImage
 
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+TIMEOUT_SECONDS = 60.0
+"""How long a load may take, waiting for a thread included, unless it is set."""
+
+CLOSE_SECONDS = 5.0
+"""How long `close` waits for a read that does not return."""
+
+logger = logging.getLogger(__name__)
 
 
-class ImageError(Exception):
-    """An image that cannot become resident; the message is fit for the client."""
-
-
-class ImageSize(NamedTuple):
-    """What an image takes of the pool."""
-
-    num_pages: int
-    num_rows: int
-
-
-class RankTable(NamedTuple):
-    """One adapter's share of `kernels.layout.RankRows`, on the host, offsets within the image."""
-
-    row_ptr: Tensor  # [num_layers * num_targets + 1] int32
-    row_offset: Tensor  # [rows] int64
-    row_scale: Tensor  # [rows] fp32
+class LoadCancelled(ImageError):
+    """The load was ended because it was cancelled; its pages are written no more."""
 
 
 class ImageLoader(Protocol):
@@ -59,45 +53,80 @@ class ImageLoader(Protocol):
         pages: Sequence[int],
         finish: Callable[[RankTable | ImageError], None],
     ) -> None:
-        """Copy the image's pages to `pages` of the pool, later; then call `finish`, once."""
+        """Copy the image's pages to `pages` of the pool, later; then call `finish`, once.
+
+        A page may be written until `finish` is called, and not after. A digest is not started
+        again before that.
+        """
+        ...
+
+    def cancel(self, digest: str) -> None:
+        """Ask for an early end: its `finish` gets LoadCancelled, or what it got just before."""
+        ...
+
+    @property
+    def host(self) -> HostImages:
+        """The images that a load would not have to read."""
         ...
 
     def close(self) -> None:
-        """Wait for the copy in progress and forget the others."""
+        """End the copies in progress and forget the others; nothing is finished afterwards."""
         ...
 
 
-class ThreadedImageLoader:
-    """Copies one image after the other in one thread, while the engine's thread runs steps.
+@dataclass(frozen=True, slots=True)
+class LoadLimits:
+    """What loads may take of the machine."""
 
-    On a CPU that thread computes with numpy alone. A torch operation in it would bring an OpenMP
-    team of its own into being, and with more threads than cores OpenMP puts the step's own team to
-    sleep after each parallel region: every step would take 1.5 times as long from then on.
+    num_threads: int = 2  # loads at once; with one, a read that hangs would stop all others
+    host_bytes: int = 0  # of images kept in host memory
+    bytes_per_second: int | None = None  # into pages, all loads together
+    timeout_seconds: float = TIMEOUT_SECONDS
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    image: AdapterImage
+    pages: tuple[int, ...]
+    finish: Callable[[RankTable | ImageError], None]
+    is_claimed: bool = False  # by the thread that begins it, or by who cancels it before that
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class ThreadedImageLoader:
+    """Copies images in a few threads, page by page, while the engine's thread runs steps.
+
+    A load looks for a cancel before each page, and waits there for its share of the bytes a
+    second. The pages of an image are in the order of the layers.
     """
 
-    def __init__(self, storage: Tensor, layout: BaseLayout) -> None:
+    def __init__(
+        self, storage: Tensor, layout: BaseLayout, limits: LoadLimits | None = None
+    ) -> None:
         """`storage` [num_pages, page_elements] in the layout's dtype is written, never read."""
-        self._storage = storage
+        limits = limits or LoadLimits()
         self._layout = layout
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-load")
+        self._page_bytes = layout.page_elements * storage.element_size()
+        allocate = pinned_pages if storage.is_cuda else host_pages
+        self.host = HostImages(limits.host_bytes, self._page_bytes, allocate=allocate)
+        self._rate = ByteRate(limits.bytes_per_second) if limits.bytes_per_second else None
+        self._loads: dict[str, _Load] = {}  # by digest: those that have not ended
+        self._queue: SimpleQueue[_Load | None] = SimpleQueue()
+        self._lock = threading.Lock()  # of the claims, _loads and _is_closed
+        self._is_closed = False
+        # As daemons, so that a read that hangs does not keep the process from ending.
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(page_writer(storage),), name="adapter-load", daemon=True
+            )
+            for _ in range(limits.num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def measure(self, image: AdapterImage) -> ImageSize:
-        try:
-            with safe_open(image.path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                pages = file.get_slice("pages")
-                shape, dtype = pages.get_shape(), pages.get_dtype()
-                (num_rows,) = file.get_slice("row_offset").get_shape()
-        except (OSError, SafetensorError, ValueError) as error:
-            raise self._unreadable(image, error) from error
-        self._check_identity(image, metadata)
-        wanted = _DTYPE_NAMES[self._layout.dtype]
-        if len(shape) != 2 or shape[1] != self._layout.page_elements or dtype != wanted:
-            raise ImageError(
-                f"adapter {image.digest}: its image holds pages of shape {shape} in {dtype}, "
-                f"not [n, {self._layout.page_elements}] in {wanted}: upload the adapter again"
-            )
-        return ImageSize(shape[0], num_rows)
+        with ImageFile(image, self._layout) as file:
+            return file.size
 
     def start(
         self,
@@ -105,109 +134,109 @@ class ThreadedImageLoader:
         pages: Sequence[int],
         finish: Callable[[RankTable | ImageError], None],
     ) -> None:
-        def report(future: Future[RankTable]) -> None:
-            if future.cancelled():
-                return
-            error = future.exception()
-            if error is None:
-                finish(future.result())
-            elif isinstance(error, ImageError):
-                finish(error)
-            else:
-                finish(self._unreadable(image, error))
+        load = _Load(image, tuple(pages), finish)
+        with self._lock:
+            assert image.digest not in self._loads, "a digest is loaded once at a time"
+            self._loads[image.digest] = load
+        self._queue.put(load)
 
-        self._executor.submit(self._load, image, tuple(pages)).add_done_callback(report)
+    def cancel(self, digest: str) -> None:
+        with self._lock:
+            load = self._loads.get(digest)
+        if load is None:
+            return
+        load.is_cancelled.set()
+        if self._claim(load):
+            self._end(load, _cancelled(load))
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._is_closed = True
+            loads = list(self._loads.values())
+        for load in loads:
+            load.is_cancelled.set()
+            self._claim(load)  # so that no thread begins it
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
 
-    def _load(self, image: AdapterImage, pages: tuple[int, ...]) -> RankTable:
-        with safe_open(image.path, framework="pt") as file:
-            self._check_identity(image, file.metadata() or {})
-            source = file.get_tensor("pages")
-            # The file may go away while the table is in use: keep copies of the small tensors.
-            names = ("row_ptr", "row_offset", "row_scale")
-            ptr, offset, scale = (file.get_tensor(name).numpy().copy() for name in names)
-            self._check_table(image, ptr, offset, scale, num_pages=len(pages))
-            if len(source) != len(pages):
-                raise ImageError(
-                    f"adapter {image.digest}: its image has {len(source)} pages now, "
-                    f"{len(pages)} before: upload the adapter again"
-                )
-            if self._storage.is_cuda:
-                self._copy_to_device(source, pages)
-            else:
-                self._copy_on_host(source, pages)
-        return RankTable(*(torch.from_numpy(part) for part in (ptr, offset, scale)))
+    def _run(self, writer: PageWriter) -> None:
+        while (load := self._queue.get()) is not None:
+            if self._claim(load):
+                self._end(load, self._outcome(load, writer))
 
-    def _copy_on_host(self, source: Tensor, pages: tuple[int, ...]) -> None:
-        # numpy copies without the GIL.
-        from_bytes = source.view(torch.uint8).numpy()
-        to_bytes = self._storage.view(torch.uint8).numpy()
-        for i, page in enumerate(pages):
-            np.copyto(to_bytes[page], from_bytes[i])
+    def _claim(self, load: _Load) -> bool:
+        with self._lock:
+            is_first, load.is_claimed = not load.is_claimed, True
+            return is_first
 
-    def _copy_to_device(self, source: Tensor, pages: tuple[int, ...]) -> None:
-        stream = torch.cuda.Stream(self._storage.device)  # type: ignore[no-untyped-call]
-        pinned = source.pin_memory()
-        with torch.cuda.stream(stream):
-            for i, page in enumerate(pages):
-                self._storage[page].copy_(pinned[i], non_blocking=True)
-        stream.synchronize()
+    def _end(self, load: _Load, outcome: RankTable | ImageError) -> None:
+        with self._lock:
+            del self._loads[load.image.digest]
+            if self._is_closed:
+                return
+        load.finish(outcome)
 
-    def _check_identity(self, image: AdapterImage, metadata: dict[str, str]) -> None:
-        found = metadata.get("digest")
-        if found != image.digest:
-            raise ImageError(
-                f"adapter {image.digest}: its image is that of {found}: upload the adapter again"
-            )
-        key = metadata.get("layout")
-        if key != self._layout.key:
-            raise ImageError(
-                f"adapter {image.digest}: packed for layout {key}, but the server runs "
-                f"{self._layout.model_name} with layout {self._layout.key}: upload it again"
+    def _outcome(self, load: _Load, writer: PageWriter) -> RankTable | ImageError:
+        digest = load.image.digest
+        try:
+            if (kept := self.host.hold(digest)) is not None:
+                return self._copy(load, kept, writer)
+            with ImageFile(load.image, self._layout) as file:
+                return self._read(load, file, writer)
+        except ImageError as error:
+            return error
+        except Exception as error:  # the thread goes on to other loads
+            logger.exception("the load of adapter %s failed", digest)
+            return ImageError(
+                f"adapter {digest}: its image cannot be loaded ({type(error).__name__}): "
+                "the server's log has the reason"
             )
 
-    def _check_table(
-        self,
-        image: AdapterImage,
-        ptr: np.ndarray[Any, Any],
-        offset: np.ndarray[Any, Any],
-        scale: np.ndarray[Any, Any],
-        num_pages: int,
-    ) -> None:
-        num_entries = self._layout.num_layers * len(self._layout.targets) + 1
-        page_elements = self._layout.page_elements
-        sound = (
-            (ptr.dtype, offset.dtype, scale.dtype) == (np.int32, np.int64, np.float32)
-            and ptr.shape == (num_entries,)
-            and offset.ndim == 1
-            and offset.shape == scale.shape
-            and (int(ptr[0]), int(ptr[-1])) == (0, len(offset))
-            and bool((np.diff(ptr) >= 0).all())
-            and bool(((offset >= 0) & (offset < num_pages * page_elements)).all())
-            and bool((offset % ROW_ALIGNMENT == 0).all())
-            and bool((offset % page_elements + self._row_sizes(ptr) <= page_elements).all())
-        )
-        if not sound:
+    def _copy(self, load: _Load, kept: HostImage, writer: PageWriter) -> RankTable:
+        """From host memory."""
+        try:
+            for page, content in zip(load.pages, kept.pages, strict=True):
+                self._pause(load)
+                writer.write(page, content)
+        finally:
+            writer.wait()
+            self.host.let_go(kept, complete=True)
+        return kept.table
+
+    def _read(self, load: _Load, file: ImageFile, writer: PageWriter) -> RankTable:
+        """From disk, and into host memory on the way where that has room."""
+        table = file.read_table()
+        if (num_pages := file.size.num_pages) != len(load.pages):
             raise ImageError(
-                f"adapter {image.digest}: the row table of its image does not fit "
-                f"{num_entries - 1} targets and {num_pages} pages: upload the adapter again"
+                f"adapter {load.image.digest}: its image has {num_pages} pages now, "
+                f"{len(load.pages)} before: upload the adapter again"
             )
+        kept = self.host.reserve(load.image.digest, table, num_pages)
+        if kept is None:
+            for i, page in enumerate(load.pages):
+                self._pause(load)
+                writer.read(page, partial(file.read_page, i))
+            return table
+        is_complete = False
+        try:
+            for i, (page, content) in enumerate(zip(load.pages, kept.pages, strict=True)):
+                self._pause(load)
+                file.read_page(i, content)
+                writer.write(page, content)
+            is_complete = True
+        finally:
+            writer.wait()
+            self.host.let_go(kept, complete=is_complete)
+        return table
 
-    def _row_sizes(self, ptr: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Elements of each rank row, [rows]."""
-        sizes = [row_elements(t.in_features, t.out_features) for t in self._layout.targets]
-        return np.repeat(sizes * self._layout.num_layers, np.diff(ptr))
+    def _pause(self, load: _Load) -> None:
+        """Wait until the next page may be moved. Raises LoadCancelled."""
+        seconds = self._rate.reserve(self._page_bytes) if self._rate is not None else 0.0
+        if load.is_cancelled.wait(seconds):
+            raise _cancelled(load)
 
-    def _unreadable(self, image: AdapterImage, error: BaseException) -> ImageError:
-        # An OSError's own text would tell the client a path of the server.
-        if isinstance(error, FileNotFoundError):
-            reason = "there is no such file"
-        elif isinstance(error, SafetensorError):
-            reason = str(error)
-        else:
-            reason = type(error).__name__
-        return ImageError(
-            f"adapter {image.digest}: its image cannot be read ({reason}): upload the adapter again"
-        )
+
+def _cancelled(load: _Load) -> LoadCancelled:
+    return LoadCancelled(f"adapter {load.image.digest}: its load was cancelled")

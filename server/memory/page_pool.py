@@ -5,6 +5,7 @@ Knows how large a page is and which pages are free; not what lies in them.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,10 @@ class PagePool:
     was set aside is neither.
     """
 
+    _pages: range
+    _free: list[int]
+    _is_free: bytearray
+
     def __init__(
         self, num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
@@ -87,12 +92,12 @@ class PagePool:
                 "give it more bytes (pool_bytes), at least those of one page"
             )
         self.storage = _zeros(num_pages, page_elements, dtype, device)
-        self._free = list(range(num_pages - 1, -1, -1))  # taken from the end: lowest page first
-        self._is_free = bytearray(b"\x01") * num_pages
+        self.price = 0.0  # written by the Reclaimer alone, which says what it is
+        self._own(range(num_pages))
 
     @property
     def num_pages(self) -> int:
-        return len(self._is_free)
+        return len(self._pages)
 
     @property
     def num_free(self) -> int:
@@ -107,7 +112,7 @@ class PagePool:
         return self.page_elements * self.storage.element_size()
 
     def is_free(self, page: int) -> bool:
-        return bool(self._is_free[page])
+        return page in self._pages and bool(self._is_free[page])
 
     def allocate(self, num_pages: int) -> list[int]:
         """Take pages; their content is whatever was there. Raises OutOfPages and takes none."""
@@ -126,7 +131,7 @@ class PagePool:
     def free(self, pages: Iterable[int]) -> None:
         """Give pages back. Raises ValueError at a page that is free already or not of this pool."""
         for page in pages:
-            if not 0 <= page < self.num_pages:
+            if page not in self._pages:
                 raise ValueError(f"page {page} is not one of the pool's {self.num_pages} pages")
             if self._is_free[page]:
                 raise ValueError(f"page {page} is free already: only its owner may free it, once")
@@ -139,23 +144,44 @@ class PagePool:
         The pool has one page fewer then. Raises ValueError when it would have none, or when the
         page is in use: ask before anything is allocated.
         """
-        page = self.num_pages - 1
-        if page == 0 or not self._is_free[page]:
+        page = self._pages[-1]
+        if self.num_pages == 1 or not self._is_free[page]:
             raise ValueError(
                 f"page {page} of {self.num_pages} cannot be set aside: it has to be free, and "
                 "another has to be left; make the pool larger (pool_bytes)"
             )
         self._free.remove(page)
-        self._is_free.pop()
+        self._pages = self._pages[:-1]
         return page
+
+    def split(self, num_pages: int) -> tuple[PagePool, PagePool]:
+        """Two pools in place of this one, over the same storage: the first `num_pages`, the rest.
+
+        This one has to be left alone then. Raises ValueError unless all its pages are free and
+        each part gets at least one.
+        """
+        if not 0 < num_pages < self.num_pages or self.num_free != self.num_pages:
+            raise ValueError(
+                f"a pool of {self.num_pages} pages, {self.num_free} of them free, cannot be split "
+                f"into {num_pages} and the rest: each part has a page at least, and all are free"
+            )
+        first, rest = copy(self), copy(self)
+        first._own(self._pages[:num_pages])
+        rest._own(self._pages[num_pages:])
+        return first, rest
 
     def check(self) -> None:
         """Recompute the invariant; AssertionError when it does not hold."""
         assert len(set(self._free)) == len(self._free), "a page is in the free list twice"
         listed = set(self._free)
-        flagged = {page for page, free in enumerate(self._is_free) if free}
+        flagged = {page for page in self._pages if self._is_free[page]}
         assert listed == flagged, f"free list and flags differ in {sorted(listed ^ flagged)}"
-        assert self.storage.shape[0] >= self.num_pages
+        assert self._pages.stop <= self.storage.shape[0]
+
+    def _own(self, pages: range) -> None:
+        self._pages = pages
+        self._free = list(reversed(pages))  # taken from the end: lowest page first
+        self._is_free = bytearray(b"\x01") * pages.stop
 
 
 def _zeros(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.layout import RankRows
+from server.memory.image_file import RankTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapters_store.layout import BaseLayout
-    from server.memory.image_loader import RankTable
 
 _SPAN = {
     "q_proj": "qkv",
@@ -34,8 +34,8 @@ _SPAN = {
 class RowTable:
     """`rows` of all slots, and the most rows that a span of each slot has, on the host.
 
-    Invariant: the rows of a slot lie in the pages that `install` was given last for it; a cleared
-    slot has none.
+    Invariant: the rows of a slot are those that `install` was given last for it; a cleared slot
+    has none.
     """
 
     def __init__(
@@ -56,12 +56,17 @@ class RowTable:
         """Most rank rows that one slot has room for."""
         return self.rows.row_offset.shape[1]
 
-    def install(self, slot: int, table: RankTable, pages: Sequence[int]) -> None:
-        """Make the slot's rows those of an image whose page i was copied to pages[i]."""
-        num_rows, size = len(table.row_offset), self._page_elements
+    def locate(self, table: RankTable, pages: Sequence[int]) -> RankTable:
+        """The rows of an image whose page i was copied to pages[i], with offsets in the pool."""
+        size = self._page_elements
         page = torch.tensor(pages, dtype=torch.int64)[table.row_offset // size]
+        return table._replace(row_offset=page * size + table.row_offset % size)
+
+    def install(self, slot: int, table: RankTable) -> None:
+        """Make the slot's rows those of a table on the host, its offsets in the pool."""
+        num_rows = len(table.row_offset)
         self.rows.row_ptr[slot].copy_(table.row_ptr)
-        self.rows.row_offset[slot, :num_rows].copy_(page * size + table.row_offset % size)
+        self.rows.row_offset[slot, :num_rows].copy_(table.row_offset)
         self.rows.row_scale[slot, :num_rows].copy_(table.row_scale)
         self.max_span_rows[slot] = self._count_span_rows(table.row_ptr)
 
@@ -80,6 +85,26 @@ class RowTable:
 
     def _count_span_rows(self, row_ptr: Tensor) -> int:
         return int(row_ptr[self._span_columns].diff(dim=1).max())
+
+
+def combine(tables: Sequence[RankTable], weights: Sequence[float]) -> RankTable:
+    """The rows of all tables where they lie, each scale multiplied by its table's weight.
+
+    So a combination is sum over k of weight_k · scale_k · B_k A_k, exactly: the rows of one (layer,
+    target) come one after the other, in the order of the tables. At least one table, on the host.
+    The product of a scale and a weight is rounded once, to fp32.
+    """
+    counts = torch.stack([table.row_ptr.diff() for table in tables])  # [K, entries]
+    row_ptr = torch.zeros_like(tables[0].row_ptr)
+    row_ptr[1:] = counts.sum(dim=0).cumsum(dim=0)
+    entries = torch.arange(counts.shape[1])
+    order = torch.cat([entries.repeat_interleave(n) for n in counts]).argsort(stable=True)
+    scales = [table.row_scale.double() * w for table, w in zip(tables, weights, strict=True)]
+    return RankTable(
+        row_ptr,
+        torch.cat([table.row_offset for table in tables])[order],
+        torch.cat(scales)[order].float(),
+    )
 
 
 def _span_columns(layout: BaseLayout) -> Tensor:

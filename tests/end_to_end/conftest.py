@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from server.engine.loop import EngineLoop
 from server.engine.process import build_engine
 from server.engine.request import (
     AdapterImage,
+    AdapterPart,
     Cancel,
     Finished,
     Load,
@@ -27,6 +28,7 @@ from server.engine.request import (
     Submit,
     TokenEvent,
     TokenLogprobs,
+    combination,
 )
 from server.engine.spec import EngineSpec, engine_spec
 
@@ -116,14 +118,23 @@ class Harness:
         """Upload an adapter; its digest."""
         return self.store.add(adapter_id, directory).digest
 
+    def image(self, adapter_id: str | Mapping[str, float]) -> AdapterImage:
+        """What a Submit for it has to carry."""
+        if not isinstance(adapter_id, str):
+            parts = [AdapterPart(self.image(each), w) for each, w in adapter_id.items()]
+            return combination(parts)
+        version = self.store.resolve(adapter_id)
+        return AdapterImage(version.digest, str(self.store.image(version)))
+
     def submit(
-        self, prompt: Sequence[int], adapter_id: str | None = None, num_tokens: int = 12
+        self,
+        prompt: Sequence[int],
+        adapter_id: str | Mapping[str, float] | None = None,
+        num_tokens: int = 12,
+        salt: str = "",
     ) -> str:
-        """Ask for a greedy completion; the request's id."""
-        image = None
-        if adapter_id is not None:
-            version = self.store.resolve(adapter_id)
-            image = AdapterImage(version.digest, str(self.store.image(version)))
+        """Ask for a greedy completion; the request's id. A mapping is a combination by weights."""
+        image = self.image(adapter_id) if adapter_id is not None else None
         request_id = next(self._ids)
         sampling = Sampling(max_tokens=num_tokens, temperature=0.0, num_logprobs=1)
         self._post.inbox.append(
@@ -132,6 +143,7 @@ class Harness:
                 prompt_token_ids=tuple(prompt),
                 sampling=sampling,
                 adapter=image,
+                cache_salt=salt,
             )
         )
         self.outcomes[request_id] = Outcome()
@@ -197,6 +209,7 @@ class Oracle:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
+        self._known_deltas: dict[Path, dict[str, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def answer(self, prompt: Sequence[int], adapter: Path | None, num_tokens: int = 12) -> Answer:
@@ -209,6 +222,43 @@ class Oracle:
         finally:
             if adapter is not None:
                 model.unload()
+
+    @torch.inference_mode()
+    def answer_of_sum(
+        self, prompt: Sequence[int], weights: Mapping[Path, float], num_tokens: int = 12
+    ) -> Answer:
+        """The greedy answer of W + the weighted sum of the dense deltas that PEFT computes.
+
+        weights: by the adapter's directory.
+        """
+        before: dict[str, torch.Tensor] = {}
+        for adapter, weight in weights.items():
+            for name, delta in self._deltas(adapter).items():
+                parameter = self.model.get_submodule(name).weight
+                before.setdefault(name, parameter.clone())
+                parameter += weight * delta
+        try:
+            return _greedy(self.model, prompt, num_tokens)
+        finally:
+            for name, parameter in before.items():
+                self.model.get_submodule(name).weight.copy_(parameter)
+
+    def _deltas(self, adapter: Path) -> dict[str, torch.Tensor]:
+        """The delta of each layer that the adapter changes, [out, in]."""
+        if adapter not in self._known_deltas:
+            self._known_deltas[adapter] = self._read_deltas(adapter)
+        return self._known_deltas[adapter]
+
+    def _read_deltas(self, adapter: Path) -> dict[str, torch.Tensor]:
+        model = PeftModel.from_pretrained(self.model, adapter).eval()
+        try:
+            return {
+                name.removeprefix("base_model.model."): module.get_delta_weight("default").clone()
+                for name, module in model.named_modules()
+                if hasattr(module, "get_delta_weight")
+            }
+        finally:
+            model.unload()
 
     @torch.inference_mode()
     def logprobs(

@@ -21,17 +21,33 @@ SECOND_VALUES = {
     "quantization": ("int8", "int8"),
     "data_dir": ("/var/lib/adapters", Path("/var/lib/adapters")),
     "pool_bytes": ("1000000", 1_000_000),
+    "adapter_memory_share": ("0.25", 0.25),
     "block_size": ("8", 8),
     "max_num_seqs": ("3", 3),
     "max_batched_tokens": ("100", 100),
+    "max_queue": ("7", 7),
+    "max_queue_per_adapter": ("5", 5),
+    "queue_timeout": ("2.5", 2.5),
+    "fairness": ("user", "user"),
+    "max_passes": ("3", 3),
     "max_context": ("2048", 2048),
     "max_adapters": ("9", 9),
     "max_adapter_rank": ("16", 16),
+    "host_memory_bytes": ("0", 0),
+    "load_threads": ("3", 3),
+    "load_bytes_per_second": ("1000000", 1_000_000),
+    "load_timeout_seconds": ("2.5", 2.5),
     "max_upload_bytes": ("4096", 4096),
 }
 """Field → the text of a flag or variable, and what it means."""
 
-OTHER_FIELDS = {"adapter", "shipped_adapters", "cuda_graphs"}  # a list, switches: one by one
+OTHER_FIELDS = {
+    "adapter",
+    "tenant_weights",
+    "shipped_adapters",
+    "prefix_cache",
+    "cuda_graphs",
+}  # a list, switches: one by one
 
 
 @pytest.fixture(autouse=True)
@@ -80,13 +96,38 @@ def test_adapters_come_from_repeated_flags_or_a_json_list(monkeypatch):
     assert parse_settings(["--adapter", "only=/c"]).adapter == ["only=/c"]
 
 
+def test_weights_come_from_repeated_flags_or_a_json_object(monkeypatch):
+    by_flag = parse_settings(["--tenant-weights", "gold=3", "--tenant-weights", "acme/law=0.5"])
+    assert by_flag.tenant_weights == {"gold": 3.0, "acme/law": 0.5}
+    monkeypatch.setenv("MANYLORA_TENANT_WEIGHTS", '{"gold": 3, "acme/law": 0.5}')
+    assert parse_settings([]) == by_flag
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "words"),
+    [
+        ("gold=0", None, ("gold", "greater than 0", "'0'")),
+        ("gold", None, ("--tenant-weights NAME=WEIGHT",)),
+        (None, "gold=3", ("MANYLORA_TENANT_WEIGHTS", "'gold=3'", '{"NAME": WEIGHT}')),
+    ],
+)
+def test_weights_that_cannot_be_read_are_refused(monkeypatch, capsys, flag, variable, words):
+    if variable is not None:
+        monkeypatch.setenv("MANYLORA_TENANT_WEIGHTS", variable)
+    with pytest.raises(SystemExit, match="2"):
+        parse_settings([] if flag is None else ["--tenant-weights", flag])
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
+
+
 def test_the_description_of_adapters_says_how_to_write_the_variable():
     description = Settings.model_fields["adapter"].description
     assert '["NAME=DIR", "NAME=DIR"]' in description
 
 
 @pytest.mark.parametrize("text", ["false", "0"])
-@pytest.mark.parametrize("field", ["shipped_adapters", "cuda_graphs"])
+@pytest.mark.parametrize("field", ["shipped_adapters", "prefix_cache", "cuda_graphs"])
 def test_what_is_on_can_be_switched_off(monkeypatch, field, text):
     by_flag = parse_settings(["--no-" + flag_of(field).removeprefix("--")])
     assert getattr(by_flag, field) is False

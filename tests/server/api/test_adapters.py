@@ -184,15 +184,16 @@ def test_a_form_cut_off_anywhere_is_refused_and_leaves_nothing(own_server, kit):
 def test_lists_adapters_with_versions_and_where_they_are(own_server):
     first = own_server.upload("mine", 1).json()["digest"]
     second = own_server.upload("mine", 2, description="better").json()["digest"]
-    own_server.upload("acme/other", 3)
+    third = own_server.upload("acme/other", 3).json()["digest"]
     own_server.engine.load = load_with(
+        ResidentAdapter(digest=third, state="host", num_host_pages=1),
         ResidentAdapter(digest=first, state="loading", num_pages=0, num_users=0, num_uses=0),
         ResidentAdapter(digest=second, state="resident", num_pages=1, num_users=2, num_uses=9),
     )
     listed = own_server.client.get("/v1/adapters").json()
     assert listed["object"] == "list"
     other, mine = listed["data"]
-    assert (other["id"], other["state"], other["num_users"]) == ("acme/other", "disk", 0)
+    assert (other["id"], other["state"], other["num_users"]) == ("acme/other", "host", 0)
     assert (mine["version"], mine["digest"], mine["state"]) == (2, second, "resident")
     assert (mine["num_pages"], mine["num_users"], mine["description"]) == (1, 2, "better")
     assert [each["version"] for each in mine["versions"]] == [2, 1]

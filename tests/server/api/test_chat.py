@@ -23,6 +23,7 @@ def test_answers_with_the_base_model(server):
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 6,
         "total_tokens": prompt_tokens + 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert "adapter" not in body
     assert response.headers["x-manylora-model"] == "tiny-base"

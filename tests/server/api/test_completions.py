@@ -9,7 +9,12 @@ def test_continues_a_prompt_without_a_template(server):
     body = server.complete(prompt="Once").json()
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": "hello", "finish_reason": "stop"}]
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    assert body["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 6,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     submit = server.engine.submits[0]
     assert bytes(submit.prompt_token_ids) == b"Once"
     assert submit.sampling.max_tokens == 16

@@ -84,7 +84,6 @@ def test_a_chat_body_that_makes_no_sense_is_refused(server, kit, fields, code, p
         ("presence_penalty", 0.5),
         ("frequency_penalty", -1),
         ("frequency_penalty", False),
-        ("adapters", [{"id": "shout", "weight": 1}]),
         ("suffix", "end"),
         ("best_of", 2),
         ("echo", True),

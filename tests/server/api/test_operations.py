@@ -76,9 +76,14 @@ def test_shows_the_engines_report(server):
         num_adapter_evictions=2,
         num_prompt_tokens=100,
         num_generated_tokens=50,
+        num_host_loads=6,
+        num_cancelled_loads=8,
+        num_cached_pages=20,
+        num_cached_tokens=64,
         adapters=(
             ResidentAdapter(digest="a", state="resident", num_pages=1, num_users=1, num_uses=1),
-            ResidentAdapter(digest="b", state="loading", num_pages=1, num_users=0, num_uses=0),
+            ResidentAdapter(digest="b", state="loading", num_pages=1, num_host_pages=1),
+            ResidentAdapter(digest="c", state="host", num_host_pages=2),
         ),
     )
     samples = samples_of(server)
@@ -87,10 +92,16 @@ def test_shows_the_engines_report(server):
     assert samples["manylora_requests_waiting",] == 5
     assert samples["manylora_pages", "kv"] == 30
     assert samples["manylora_pages", "adapter"] == 10
+    assert samples["manylora_pages", "cached"] == 20
     assert samples["manylora_pages", "free"] == 60
-    assert samples["manylora_kv_cache_usage_ratio",] == 0.3
+    assert samples["manylora_kv_cache_usage_ratio",] == 0.25
+    assert samples["manylora_engine_cached_prompt_tokens_total",] == 64
     assert samples["manylora_adapters", "resident"] == 1
     assert samples["manylora_adapters", "loading"] == 1
+    assert samples["manylora_adapters", "host"] == 1
+    assert samples["manylora_host_pages",] == 3
+    assert samples["manylora_adapter_host_loads_total",] == 6
+    assert samples["manylora_adapter_cancelled_loads_total",] == 8
     assert samples["manylora_adapter_loads_total",] == 4
     assert samples["manylora_adapter_evictions_total",] == 2
     assert samples["manylora_preemptions_total",] == 1

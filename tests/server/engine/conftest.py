@@ -6,7 +6,7 @@ the adapter rows it uses are those that it should see.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -14,11 +14,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters_store.layout import TARGET_PATHS, BaseLayout, TargetShape
-from server.engine.request import AdapterImage, Dropped, Finished, Sampling, Submit, TokenEvent
+from server.engine.overload import QueueLimits
+from server.engine.request import (
+    AdapterImage,
+    AdapterPart,
+    Dropped,
+    Finished,
+    Sampling,
+    Submit,
+    TokenEvent,
+    combination,
+)
 from server.engine.scheduler import PlannedSequence, SampledToken, Scheduler, StepPlan
 from server.engine.sequence import Status
 from server.memory.adapter_pool import AdapterPool
-from server.memory.image_loader import ImageError, ImageSize, RankTable
+from server.memory.host_images import HostImages
+from server.memory.image_file import ImageError, ImageSize, RankTable
+from server.memory.image_loader import LoadCancelled
 from server.memory.kv_cache import KVCache
 from server.memory.page_pool import PagePool
 
@@ -32,6 +44,14 @@ def image_of(name: str, num_pages: int) -> AdapterImage:
     return AdapterImage(digest=name, path=str(num_pages))
 
 
+def mix_of(**members: tuple[int, float]) -> AdapterImage:
+    """A combination of such images, given as name=(pages, weight)."""
+    return combination(
+        AdapterPart(image_of(name, num_pages), weight)
+        for name, (num_pages, weight) in members.items()
+    )
+
+
 def next_token(token_ids: list[int], digest: str | None) -> int:
     """What the simulated model says: a function of all tokens and of the adapter."""
     state = len(digest or "") + (ord(digest[-1]) if digest else 0)
@@ -41,12 +61,14 @@ def next_token(token_ids: list[int], digest: str | None) -> int:
 
 
 class HandLoader:
-    """Writes its mark into the pages at once, and ends a load only when it is told to."""
+    """Writes its mark into the pages, and ends a load, only when it is told to."""
 
     def __init__(self, memory: list[object]) -> None:
         self.memory = memory
         self.pending: list[tuple[AdapterImage, tuple[int, ...], Callable]] = []
         self.refused: set[str] = set()
+        self.cancelled: set[str] = set()
+        self.host = HostImages(0, 1)
 
     def measure(self, image: AdapterImage) -> ImageSize:
         if image.digest in self.refused:
@@ -54,12 +76,20 @@ class HandLoader:
         return ImageSize(int(image.path), int(image.path))
 
     def start(self, image, pages, finish) -> None:
+        assert all(image.digest != other.digest for other, _, _ in self.pending), "loaded twice"
+        self.cancelled.discard(image.digest)
         self.pending.append((image, tuple(pages), finish))
+
+    def cancel(self, digest: str) -> None:
+        self.cancelled.add(digest)
 
     def finish(self, index: int = 0) -> None:
         image, pages, finish = self.pending.pop(index % len(self.pending))
         for i, page in enumerate(pages):
             self.memory[page] = (image.digest, i)
+        if image.digest in self.cancelled:
+            finish(LoadCancelled(f"adapter {image.digest}: cancelled"))
+            return
         row_ptr = torch.zeros(len(TARGET_PATHS) + 1, dtype=torch.int32)
         row_ptr[1:] = len(pages)
         offsets = torch.arange(len(pages)) * PAGE_ELEMENTS
@@ -84,20 +114,23 @@ class Simulation:
         num_pages: int = 12,
         block_size: int = 4,
         num_slots: int = 3,
+        prefix_cache: bool = True,
         max_num_seqs: int = 4,
         max_batched_tokens: int = 8,
         max_context: int = 40,
         attention_context: int | None = None,
         max_passes: int = 3,
         lookahead: int = 128,
+        queue_limits: QueueLimits | None = None,
     ) -> None:
+        self.now = 0.0  # seconds; stands still unless a test moves it
         targets = tuple(TargetShape(name, 8, 8) for name in TARGET_PATHS)
         layout = BaseLayout("toy", 1, targets, PAGE_ELEMENTS, "float32")
         self.pool = PagePool(num_pages, PAGE_ELEMENTS, torch.float32, "cpu")
         self.memory: list[object] = [None] * num_pages
         self.loader = HandLoader(self.memory)
         self.adapters = AdapterPool(self.pool, num_slots, 64, layout, loader=self.loader)
-        self.kv_cache = KVCache(self.pool, block_size)
+        self.kv_cache = KVCache(self.pool, block_size, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(
             self.kv_cache,
             self.adapters,
@@ -107,15 +140,16 @@ class Simulation:
             attention_context=attention_context,
             max_passes=max_passes,
             lookahead=lookahead,
+            queue_limits=queue_limits,
+            clock=lambda: self.now,
         )
-        self.block_size, self.max_passes, self.max_context = block_size, max_passes, max_context
+        self.block_size, self.max_context = block_size, max_context
         self.max_batched_tokens = max_batched_tokens
         self.requests: dict[str, Submit] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, Finished] = {}
         self.dropped: list[Dropped] = []
         self.num_drops = 0
-        self.passes: dict[str, int] = {}
         self.last_plan: StepPlan | None = None
 
     def submit(
@@ -125,11 +159,26 @@ class Simulation:
         max_tokens: int = 4,
         adapter: AdapterImage | None = None,
         stop: tuple[int, ...] = (),
+        prompt: Iterable[int] | None = None,
+        salt: str = "",
+        **fields: object,
     ) -> None:
-        prompt = tuple((len(self.requests) * 5 + i) % VOCAB for i in range(num_prompt))
-        sampling = Sampling(max_tokens=max_tokens, stop_token_ids=stop)
+        """Without a `prompt` it is one of `num_prompt` tokens that no other begins with.
+
+        `fields` are further ones of Submit.
+        """
+        if prompt is None:
+            number = len(self.requests)
+            prompt = [
+                (number // VOCAB**i if i < 3 else number * 5 + i) % VOCAB for i in range(num_prompt)
+            ]
         request = Submit(
-            request_id=request_id, prompt_token_ids=prompt, sampling=sampling, adapter=adapter
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt),
+            sampling=Sampling(max_tokens=max_tokens, stop_token_ids=stop),
+            adapter=adapter,
+            cache_salt=salt,
+            **fields,
         )
         self.scheduler.submit(request)
         self.requests[request_id], self.tokens[request_id] = request, []
@@ -146,9 +195,6 @@ class Simulation:
 
     def step(self) -> list[str]:
         """One step, fully checked; the ids that it computed, in the plan's order."""
-        before = {s.request_id: s.num_preemptions for s in self.scheduler._waiting}
-        arrivals = {s.request_id: s.arrival for s in self.scheduler._live.values()}
-        running = {s.request_id for s in self.scheduler._running}
         pinned = {a.digest: a.num_users for a in self.adapters.report() if a.num_users}
         plan = self.last_plan = self.scheduler.plan()
         self.take(self.scheduler.take_events())
@@ -158,7 +204,6 @@ class Simulation:
             assert has_load or not self.scheduler._live, "nothing runs and nothing loads"
             return []
         ids = [item.sequence.request_id for item in plan.items]
-        self._count_passes(before, arrivals, admitted=set(ids) - running)
         assert plan.num_tokens <= self.max_batched_tokens
         slots = [item.slot for item in plan.items]
         assert slots == sorted(slots), "a plan is ordered by slot"
@@ -209,12 +254,12 @@ class Simulation:
     def check(self) -> None:
         for part in (self.pool, self.kv_cache, self.adapters, self.scheduler):
             part.check()
-        used = self.kv_cache.num_pages + self.adapters.num_pages
+        used = self.kv_cache.num_pages + self.kv_cache.num_cached_pages + self.adapters.num_pages
         assert used + self.pool.num_free == self.pool.num_pages, "pages without an owner"
         users: dict[str, int] = {}
         for sequence in self.scheduler._running:
-            if (digest := sequence.wanted_digest) is not None:
-                users[digest] = users.get(digest, 0) + 1
+            for member in sequence.members:
+                users[member.digest] = users.get(member.digest, 0) + 1
         held = {a.digest: a.num_users for a in self.adapters.report() if a.num_users}
         assert held == users, "pins and running sequences differ"
 
@@ -227,24 +272,28 @@ class Simulation:
         assert sequence.status is Status.RUNNING
         table = self.kv_cache.table(sequence.request_id)
         stop = item.start + item.num_tokens
+        origin = (sequence.request.cache_salt, self._read_adapter(item))
+        # The keys of a token follow from all tokens before it, and from who computed them.
+        keys = [(*origin, *sequence.token_ids[: n + 1]) for n in range(stop)]
+        published = {block.page for block in self.kv_cache.prefixes}
         for position in range(item.start, stop):
             page, offset = divmod(position, self.block_size)
-            key = (sequence.request_id, position, sequence.token_ids[position])
+            assert table[page] not in published, "writes to a block that others may have"
             block = self.memory[table[page]]
             if not isinstance(block, dict):
                 block = self.memory[table[page]] = {}
-            block[offset] = key
+            block[offset] = keys[position]
         for position in range(stop):
             page, offset = divmod(position, self.block_size)
-            key = (sequence.request_id, position, sequence.token_ids[position])
             block = self.memory[table[page]]
             assert isinstance(block, dict)
-            assert block[offset] == key, "keys of something else"
-        digest = self._read_adapter(item.slot)
+            assert block[offset] == keys[position], "keys of something else"
+        digest = origin[1]
         assert item.samples == (stop == sequence.num_tokens)
         return [SampledToken(next_token(sequence.token_ids, digest))] if item.samples else []
 
-    def _read_adapter(self, slot: int) -> str | None:
+    def _read_adapter(self, item: PlannedSequence) -> str | None:
+        slot, image = item.slot, item.sequence.request.adapter
         if slot < 0:
             return None
         rows = self.adapters.rows
@@ -252,22 +301,14 @@ class Simulation:
         pages = (rows.row_offset[slot, :num_rows] // PAGE_ELEMENTS).tolist()
         found = [self.memory[page] for page in pages]
         digest = self.adapters.digest_of(slot)
-        assert found == [(digest, i) for i in range(num_rows)], "rows of something else"
+        if image.parts:
+            weights = [x.weight for x in image.parts for _ in range(int(x.image.path))]
+            assert rows.row_scale[slot, :num_rows].tolist() == weights
+            wanted = [(x.digest, i) for x in image.members for i in range(int(x.path))]
+        else:
+            wanted = [(digest, i) for i in range(num_rows)]
+        assert found == wanted, "rows of something else"
         return digest
-
-    def _count_passes(self, before, arrivals, admitted) -> None:
-        preempted = {s.request_id for s in self.scheduler._live.values() if s.num_preemptions}
-
-        def place(request_id: str) -> tuple[bool, int]:
-            return request_id not in preempted, arrivals[request_id]
-
-        for sequence in self.scheduler._waiting:
-            request_id = sequence.request_id
-            if before.get(request_id) != sequence.num_preemptions:
-                continue  # preempted in this step
-            passes = sum(place(other) > place(request_id) for other in admitted)
-            self.passes[request_id] = self.passes.get(request_id, 0) + passes
-            assert self.passes[request_id] <= self.max_passes, "passed too often"
 
 
 class HostSyncs(TorchFunctionMode):
@@ -333,3 +374,8 @@ def simulate() -> type[Simulation]:
 @pytest.fixture(scope="session")
 def image() -> Callable[[str, int], AdapterImage]:
     return image_of
+
+
+@pytest.fixture(scope="session")
+def mix() -> Callable[..., AdapterImage]:
+    return mix_of

@@ -324,7 +324,9 @@ def test_a_report_counts_what_happened(engine, image):
     assert (report.num_prompt_tokens, report.num_generated_tokens) == (5 + 3, 3 + 2)
     assert (report.num_adapter_loads, report.num_adapter_evictions) == (1, 0)
     assert report.num_adapter_pages == 2
-    assert report.num_free_pages + report.num_adapter_pages == engine.parts.pool.num_pages
+    assert (report.num_cached_pages, report.num_cached_tokens) == (2, 0)
+    num_others = report.num_adapter_pages + report.num_cached_pages
+    assert report.num_free_pages + num_others == engine.parts.pool.num_pages
     (adapter,) = report.adapters
     assert (adapter.digest, adapter.state, adapter.num_uses) == ("x", "resident", 1)
 

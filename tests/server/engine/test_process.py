@@ -10,7 +10,7 @@ import torch
 
 import kernels.reference
 from server.config import Settings
-from server.engine.process import _show_progress, build_engine, capture_for, warm_up
+from server.engine.process import _show_progress, build_engine, capture_for, divide, warm_up
 from server.engine.request import Finished, Load, Sampling, Submit, TokenEvent
 from server.engine.spec import engine_spec
 from server.memory.adapter_pool import AdapterPool
@@ -67,6 +67,24 @@ def test_warming_up_fits_the_smallest_pool_and_touches_its_own_pages_only(tiny_l
     tokens = kv.transpose(1, 3).reshape(num_used * block_size, -1)
     assert (tokens[:2] != 0).any(dim=1).all(), "the kernels did not run"
     assert not tokens.isnan().any()
+
+
+def test_cache_and_adapters_have_one_pool_unless_adapters_have_a_share():
+    pool = PagePool(10, 8, torch.float32, "cpu")
+    assert divide(pool, None) == (pool, pool)
+    kv_pool, adapter_pool = divide(pool, 0.3)
+    assert (kv_pool.num_pages, adapter_pool.num_pages) == (7, 3)
+    for share in (0.01, 0.99):
+        with pytest.raises(ModelError, match=f"adapter_memory_share {share} of 10 pages"):
+            divide(pool, share)
+
+
+def test_an_engine_with_a_share_for_adapters_counts_all_pages_and_bounds_the_context(spec_of):
+    spec = spec_of(pool_bytes=1 << 18, block_size=8, adapter_memory_share=0.9, max_adapters=2)
+    loop, started = build_engine(spec, ListPost())
+    loop.close()
+    assert started.num_pages == spec.num_pages()
+    assert started.max_context <= 8 * round(0.1 * started.num_pages)
 
 
 def test_an_engine_that_was_built_says_what_it_holds_and_serves(spec_of):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from server.config import Settings
-from server.engine.spec import MAX_CPU_POOL_BYTES, engine_spec
+from server.engine.spec import MAX_CPU_POOL_BYTES, MAX_HOST_BYTES, engine_spec
+from server.memory.image_loader import LoadLimits
 from server.model.config import ModelError
 
 
@@ -30,11 +31,22 @@ def test_limits_are_those_of_the_settings(spec_of):
         max_context=99,
         block_size=8,
         pool_bytes=10**6,
+        prefix_cache=False,
+        adapter_memory_share=0.25,
     )
+    assert (spec.prefix_cache, spec.adapter_memory_share) == (False, 0.25)
     assert (spec.max_num_seqs, spec.max_batched_tokens, spec.max_adapters) == (3, 33, 5)
     assert (spec.max_adapter_rank, spec.max_context, spec.pool_bytes) == (7, 99, 10**6)
     assert spec.geometry.block_size == 8
     assert spec.max_rows == 7 * 7 * spec.config.num_layers
+
+
+def test_a_page_of_keys_costs_its_products_and_a_page_of_an_adapter_its_copy(spec_of):
+    spec = spec_of(block_size=8)
+    weights = sum(t.in_features * t.out_features for t in spec.config.target_shapes())
+    assert spec.compute_seconds == 2 * 2 * weights * 8 / 1e11
+    assert spec.load_seconds == spec.page_bytes / 2e9
+    assert spec_of(block_size=8, load_bytes_per_second=10**6).load_seconds == spec.page_bytes / 1e6
 
 
 def test_what_the_settings_leave_open_comes_from_the_model(spec_of):
@@ -147,3 +159,27 @@ def test_the_pool_takes_a_quarter_of_free_memory_and_no_more_than_its_limit(
     )
     spec = spec_of()
     assert spec.num_pages() == pool // spec.page_bytes
+
+
+def test_a_cpu_keeps_no_images_in_host_memory_unless_told_and_a_gpu_a_share(spec_of, monkeypatch):
+    assert spec_of().loads == LoadLimits(num_threads=2, host_bytes=0)
+    assert spec_of(host_memory_bytes=10**6).loads.host_bytes == 10**6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory = SimpleNamespace(available=8 << 30)
+    monkeypatch.setattr("server.engine.spec.psutil.virtual_memory", lambda: memory)
+    loads = spec_of(device="cuda").loads
+    assert (loads.num_threads, loads.host_bytes) == (4, 2 << 30)
+    memory.available = 1 << 50
+    assert spec_of(device="cuda").loads.host_bytes == MAX_HOST_BYTES
+    assert spec_of(device="cuda", host_memory_bytes=0).loads.host_bytes == 0
+
+
+def test_limits_on_loads_are_those_of_the_settings(spec_of):
+    loads = spec_of(load_threads=7, load_bytes_per_second=10**6, load_timeout_seconds=2.5).loads
+    assert (loads.num_threads, loads.bytes_per_second) == (7, 10**6)
+    assert loads.timeout_seconds == 2.5
+
+
+def test_host_memory_below_a_page_is_refused_with_the_numbers(spec_of):
+    with pytest.raises(ModelError, match="host_memory_bytes 100 is less than a page"):
+        spec_of(host_memory_bytes=100)

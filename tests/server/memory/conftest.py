@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from adapters_store.layout import TARGET_PATHS, BaseLayout, TargetShape
-from server.memory.image_loader import ImageError, ImageSize, RankTable
+from server.memory.adapter_pool import AdapterPool
+from server.memory.host_images import HostImages
+from server.memory.image_file import ImageError, ImageSize, RankTable
+from server.memory.image_loader import LoadCancelled
 from server.memory.page_pool import PagePool
 from server.memory.residency import AdapterImage
 
@@ -20,9 +23,11 @@ ROWS_PER_PAGE = 4
 
 
 class HandLoader:
-    """Loads of `path` rows that stay pending until `finish` or `fail`."""
+    """Loads of `path` rows that stay pending until `finish`, `fail` or `stop`."""
 
     def __init__(self) -> None:
+        self.host = HostImages(0, 1)
+        self.cancelled: list[str] = []
         self.pending: dict[str, tuple[tuple[int, ...], Callable]] = {}
         self.num_measured = 0
 
@@ -49,11 +54,18 @@ class HandLoader:
     def fail(self, digest: str) -> None:
         self.pending.pop(digest)[1](ImageError(f"adapter {digest}: the copy failed"))
 
+    def cancel(self, digest: str) -> None:
+        self.cancelled.append(digest)
+
+    def stop(self, digest: str) -> None:
+        """What a loader does about a cancel, when it gets to it."""
+        self.pending.pop(digest)[1](LoadCancelled(f"adapter {digest}: cancelled"))
+
     def close(self) -> None:
         self.pending.clear()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def layout() -> BaseLayout:
     targets = tuple(TargetShape(name, 8, 8) for name in TARGET_PATHS)
     return BaseLayout("toy", NUM_LAYERS, targets, ROW * ROWS_PER_PAGE, "float32")
@@ -64,9 +76,26 @@ def pool(layout: BaseLayout) -> PagePool:
     return PagePool(10, layout.page_elements, torch.float32, "cpu")
 
 
+@pytest.fixture(scope="session")
+def hand_driven(layout: BaseLayout) -> Callable[..., tuple[AdapterPool, PagePool, HandLoader]]:
+    """hand_driven(**options): 3 slots in a new pool of 10 pages, loads by hand."""
+
+    def make(**options) -> tuple[AdapterPool, PagePool, HandLoader]:
+        pool = PagePool(10, layout.page_elements, torch.float32, "cpu")
+        loader = HandLoader()
+        return AdapterPool(pool, 3, 64, layout, loader=loader, **options), pool, loader
+
+    return make
+
+
 @pytest.fixture
 def loader() -> HandLoader:
     return HandLoader()
+
+
+@pytest.fixture(scope="session")
+def make_loader() -> type[HandLoader]:
+    return HandLoader
 
 
 @pytest.fixture

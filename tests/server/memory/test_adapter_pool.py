@@ -9,7 +9,7 @@ import torch
 
 from server.memory.adapter_pool import AdapterPool
 from server.memory.page_pool import PagePool
-from server.memory.residency import AdapterImage
+from server.memory.residency import AdapterImage, AdapterPart, combination
 
 
 def image_of(digest: str, num_pages: int = 1) -> AdapterImage:
@@ -33,6 +33,14 @@ def make_resident(adapters, loader):
         adapters.check()
 
     return make
+
+
+def mix_of(**weights: float) -> AdapterImage:
+    return combination(AdapterPart(image_of(d), weight) for d, weight in weights.items())
+
+
+def users(adapters) -> dict[str, int]:
+    return {adapter.digest: adapter.num_users for adapter in adapters.report()}
 
 
 def states(adapters) -> dict[str, str]:
@@ -119,67 +127,10 @@ def test_an_adapter_with_more_rows_than_a_slot_holds_fails_with_the_numbers(pool
     assert "room for 7" in error
 
 
-def test_evicts_the_least_valuable_unpinned_adapter(adapters, make_resident):
-    make_resident("often", num_uses=5)
-    make_resident("rarely", num_uses=1)
-    make_resident("in-use")
-    make_resident("recently", num_uses=2)
-    adapters.acquire("in-use")
-    assert adapters.request(image_of("new"))
-    assert states(adapters).keys() == {"often", "in-use", "recently", "new"}
-    assert adapters.num_evictions == 1
-    adapters.check()
-
-
-def test_of_two_equally_used_adapters_the_larger_goes_first(adapters, make_resident):
-    make_resident("small", 1)
-    make_resident("large", 6)
-    assert adapters.evict_idle(1) == 6
-    assert states(adapters).keys() == {"small"}
-
-
-def test_evicts_nothing_when_that_would_not_make_enough_room(adapters, make_resident):
-    make_resident("pinned", 6)
-    make_resident("idle", 3)
-    adapters.acquire("pinned")
-    assert not adapters.request(image_of("new", 5))
-    assert states(adapters).keys() == {"pinned", "idle"}
-    adapters.release("pinned")
-    assert adapters.request(image_of("new", 5))
-
-
-def test_a_pinned_or_loading_adapter_is_never_evicted(adapters, make_resident):
-    make_resident("pinned", 2)
-    adapters.acquire("pinned")
-    adapters.acquire("pinned")
-    adapters.release("pinned")
-    adapters.request(image_of("loading", 2))
-    assert adapters.num_idle_pages() == 0
-    assert adapters.evict_idle(10) == 0
-    assert states(adapters) == {"pinned": "resident", "loading": "loading"}
-
-
-def test_kept_adapters_are_spared(adapters, make_resident):
-    for digest in "abcd":
-        make_resident(digest)
-    assert not adapters.request(image_of("new"), keep={"a", "b", "c", "d"})
-    assert adapters.request(image_of("new"), keep={"a", "b", "d"})
-    assert states(adapters).keys() == {"a", "b", "d", "new"}
-    assert adapters.evict_idle(10, keep={"b"}) == 2
-    assert adapters.is_resident("b")
-
-
 def test_a_load_leaves_the_spare_pages_free(adapters, pool):
     assert not adapters.request(image_of("a", 8), num_spare=3)
     assert adapters.request(image_of("a", 8), num_spare=2)
     assert pool.num_free == 2
-
-
-def test_a_load_that_may_not_evict_uses_only_what_is_free(adapters, make_resident):
-    for digest in "abcd":
-        make_resident(digest)
-    assert not adapters.request(image_of("new"), may_evict=False)
-    assert len(states(adapters)) == 4
 
 
 def test_a_header_is_read_once_while_a_load_waits_for_room(adapters, make_resident, loader):
@@ -190,11 +141,52 @@ def test_a_header_is_read_once_while_a_load_waits_for_room(adapters, make_reside
     assert loader.num_measured == 2
 
 
+def test_a_load_evicts_nothing_by_itself(adapters, make_resident):
+    for digest in "abcd":
+        make_resident(digest)
+    assert not adapters.request(image_of("new"))
+    assert len(states(adapters)) == 4
+
+
+def test_only_idle_adapters_are_evicted(adapters, make_resident):
+    make_resident("pinned", 2)
+    adapters.acquire("pinned")
+    adapters.acquire("pinned")
+    adapters.release("pinned")
+    adapters.request(image_of("loading", 2))
+    assert adapters.num_idle_pages() == 0
+    assert adapters.least_idle() is None
+    for digest in ("pinned", "loading", "absent"):
+        with pytest.raises(ValueError, match=f"adapter {digest} is not idle"):
+            adapters.evict(digest)
+
+
+def test_the_least_valuable_adapter_is_the_one_of_fewest_uses(adapters, make_resident):
+    make_resident("often", num_uses=5)
+    make_resident("rarely", num_uses=1)
+    make_resident("recently", num_uses=2)
+    assert adapters.least_idle()[1] == "rarely"
+    assert adapters.least_idle(keep={"rarely"})[1] == "recently"
+    assert adapters.least_idle(keep={"rarely", "recently", "often"}) is None
+    adapters.acquire("rarely")
+    assert adapters.least_idle()[1] == "recently"
+    adapters.check()
+
+
+def test_idle_pages_are_counted_without_those_to_keep(adapters, make_resident):
+    make_resident("a", 1)
+    make_resident("b", 2)
+    make_resident("c", 4)
+    adapters.acquire("c")
+    assert adapters.num_idle_pages() == 3
+    assert adapters.num_idle_pages(keep=["a", "a", "c", "absent"]) == 2
+
+
 def test_an_evicted_slot_has_no_rows_and_no_digest(adapters, make_resident):
     make_resident("a")
     slot = adapters.acquire("a")
     adapters.release("a")
-    adapters.evict_idle(1)
+    adapters.evict("a")
     assert not adapters.rows.row_ptr[slot].any()
     for query in (adapters.digest_of, adapters.max_span_rows):
         with pytest.raises(KeyError, match=f"slot {slot} has no resident adapter"):
@@ -205,8 +197,11 @@ def test_pages_of_an_evicted_adapter_are_loaded_anew_with_the_new_rows(
     adapters, make_resident, loader
 ):
     make_resident("a", 8)
-    adapters.request(image_of("b", 4))
+    assert not adapters.request(image_of("b", 4))
+    adapters.evict("a")
     assert not adapters.is_resident("a")
+    assert adapters.num_evictions == 1
+    assert adapters.request(image_of("b", 4))
     loader.finish("b")
     adapters.poll()
     adapters.check()
@@ -247,6 +242,78 @@ def test_the_report_counts_pages_users_and_uses(adapters, make_resident):
         4,
     )
     assert adapters.num_pages == 2
+
+
+def test_a_combination_has_its_members_rows_in_a_slot_of_its_own(adapters, make_resident, pool):
+    for digest in ("a", "b"):
+        make_resident(digest)
+    mix = mix_of(a=0.5, b=-3.0)
+    slot = adapters.combine(mix)
+    adapters.check()
+    assert adapters.digest_of(slot) == mix.digest
+    rows = adapters.rows
+    slots = [adapters.acquire(digest) for digest in ("a", "b")]
+    offsets = [rows.row_offset[each, :4].tolist() for each in slots]
+    assert rows.row_offset[slot, :8].tolist() == offsets[0] + offsets[1]
+    # The images have scale 0.5.
+    assert rows.row_scale[slot, :8].tolist() == [0.25] * 4 + [-1.5] * 4
+    assert adapters.max_span_rows(slot) == 8
+    assert pool.num_free == 8, "it takes no page"
+    assert states(adapters).keys() == {"a", "b"}
+
+
+def test_users_of_a_combination_share_its_slot_and_pin_its_members(adapters, make_resident):
+    for digest in ("a", "b"):
+        make_resident(digest)
+    mix = mix_of(a=0.5, b=0.5)
+    assert adapters.needs_slot(mix)
+    slot = adapters.combine(mix)
+    assert not adapters.needs_slot(mix)
+    assert adapters.combine(mix) == slot
+    assert users(adapters) == {"a": 2, "b": 2}
+    assert adapters.least_idle() is None
+    assert adapters.drop("a") is None
+    adapters.release(mix.digest)
+    adapters.check()
+    assert adapters.digest_of(slot) == mix.digest
+    adapters.release(mix.digest)
+    adapters.check()
+    assert users(adapters) == {"a": 0, "b": 0}
+    assert not adapters.rows.row_ptr[slot].any()
+    with pytest.raises(KeyError, match=f"slot {slot} has no resident adapter"):
+        adapters.digest_of(slot)
+    with pytest.raises(ValueError, match="has no users"):
+        adapters.release(mix.digest)
+
+
+def test_other_weights_are_another_slot(adapters, make_resident):
+    for digest in ("a", "b"):
+        make_resident(digest)
+    slots = [adapters.combine(mix_of(a=w, b=1 - w)) for w in (0.25, 0.75)]
+    assert len({*slots, adapters.acquire("a"), adapters.acquire("b")}) == 4
+    adapters.check()
+
+
+def test_without_a_member_or_a_slot_there_is_no_combination_and_nothing_is_pinned(
+    adapters, make_resident
+):
+    make_resident("a")
+    adapters.request(image_of("b"))
+    assert adapters.combine(mix_of(a=0.5, b=0.5)) is None, "b is loading"
+    for digest in ("c", "d"):
+        make_resident(digest)
+    assert adapters.combine(mix_of(a=0.5, c=0.5)) is None, "all four slots are taken"
+    assert not any(users(adapters).values())
+    adapters.check()
+
+
+def test_uses_in_combinations_count_for_the_members(adapters, make_resident):
+    make_resident("a")
+    make_resident("b", num_uses=1)
+    for _ in range(2):
+        adapters.combine(mix_of(a=2.0))
+        adapters.release(mix_of(a=2.0).digest)
+    assert adapters.least_idle()[1] == "b"
 
 
 def test_refuses_a_pool_whose_pages_are_not_those_of_the_layout(layout, loader):

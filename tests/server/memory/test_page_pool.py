@@ -149,3 +149,37 @@ def test_a_page_in_use_and_the_only_one_are_not_set_aside():
     with pytest.raises(ValueError, match="pool_bytes"):
         pool.set_aside()
     pool.check()
+
+
+def test_a_split_pool_is_two_over_the_same_storage_without_a_page_in_common():
+    first, rest = pool_of(5).split(2)
+    assert first.storage is rest.storage
+    assert (first.num_pages, rest.num_pages) == (2, 3)
+    assert (first.allocate(2), rest.allocate(3)) == ([0, 1], [2, 3, 4])
+    for part, page in ((first, 2), (rest, 1)):
+        with pytest.raises(ValueError, match="not one of the pool's"):
+            part.free([page])
+        part.check()
+    rest.free([3])
+    assert (first.num_free, rest.num_free) == (0, 1)
+
+
+def test_each_part_of_a_split_pool_sets_its_own_last_page_aside():
+    first, rest = pool_of(5).split(2)
+    assert (first.set_aside(), rest.set_aside()) == (1, 4)
+    assert (first.num_pages, rest.num_pages) == (1, 2)
+    for part in (first, rest):
+        part.check()
+
+
+@pytest.mark.parametrize("num_pages", [0, 4, -1])
+def test_a_split_leaves_no_part_without_a_page(num_pages):
+    with pytest.raises(ValueError, match=f"into {num_pages} and the rest"):
+        pool_of(4).split(num_pages)
+
+
+def test_a_pool_in_use_is_not_split():
+    pool = pool_of(4)
+    pool.allocate(1)
+    with pytest.raises(ValueError, match="3 of them free"):
+        pool.split(2)
