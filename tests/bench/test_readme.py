@@ -18,7 +18,10 @@ def test_every_script_is_told():
 def test_modules_that_are_named_exist():
     named = set(re.findall(r"python -m (bench[.\w]+)", README))
     named |= {f"bench.{name}" for name in re.findall(r"`(\w+)\.py`", README)}
+    paths = {name: BENCH.parent / name.replace(".", "/") for name in named}
     missing = [
-        name for name in named if not (BENCH.parent / f"{name.replace('.', '/')}.py").exists()
+        name
+        for name, path in paths.items()
+        if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists())
     ]
     assert not missing
