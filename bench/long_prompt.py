@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from bench.engine_session import EngineSession
 from bench.record import percentiles
@@ -43,12 +44,39 @@ async def _one_round(
 ) -> tuple[float, float, float]:
     """p99 of the quiet and of the disturbed gaps, and the long prompt's time to first token."""
     assert session.engine.started is not None
-    num_output = session.engine.started.max_context - num_prompt
     if long_prompt >= session.engine.started.max_context:
         raise ValueError(
             f"a prompt of {long_prompt} tokens is none for a context of "
             f"{session.engine.started.max_context}: ask for a shorter one (--long-prompt)"
         )
+    prompt = session.prompts(1, long_prompt)[0]
+    found = await beside_streams(
+        session, num_streams, num_prompt, lambda: session.answer(prompt, None, 1)
+    )
+    quiet, disturbed = (percentiles(gaps, 99)["p99"] for gaps in (found.quiet, found.disturbed))
+    return quiet, disturbed, found.seconds
+
+
+class Disturbance(NamedTuple):
+    """Something done among decoding streams."""
+
+    quiet: list[float]  # seconds between two tokens of a stream before it
+    disturbed: list[float]  # while it was done, and up to the next token of each stream
+    seconds: float  # that it took
+
+
+async def beside_streams(
+    session: EngineSession,
+    num_streams: int,
+    num_prompt: int,
+    disturb: Callable[[], Awaitable[object]],
+) -> Disturbance:
+    """Do it once every one of num_streams base streams has NUM_QUIET tokens; they are then ended.
+
+    RuntimeError where a stream ends before it is done.
+    """
+    assert session.engine.started is not None
+    num_output = session.engine.started.max_context - num_prompt
     clock = asyncio.get_running_loop().time
     prompts = session.prompts(num_streams, num_prompt)
     arrivals: list[list[float]] = [[] for _ in prompts]
@@ -63,16 +91,14 @@ async def _one_round(
         begun = clock()
         await _all_have(arrivals, NUM_QUIET, streams)
         sent = clock()
-        await session.answer(session.prompts(1, long_prompt)[0], None, 1)
-        answered = clock()
-        await _all_have(arrivals, 1, streams, since=answered)
+        await disturb()
+        done = clock()
+        await _all_have(arrivals, 1, streams, since=done)
     finally:
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
-    quiet = _gaps(arrivals, begun, sent)
-    disturbed = _gaps(arrivals, sent, clock())
-    return percentiles(quiet, 99)["p99"], percentiles(disturbed, 99)["p99"], answered - sent
+    return Disturbance(_gaps(arrivals, begun, sent), _gaps(arrivals, sent, clock()), done - sent)
 
 
 async def _all_have(

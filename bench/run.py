@@ -17,7 +17,13 @@ from bench.plots import RESULTS, draw_all
 from bench.record import ROOT, torch_device
 
 KERNEL_SCRIPTS = ("kernel_alternatives",)
-SERVER_SCRIPTS = ("start", "step_profile", "closed_loop", "http_load")  # these take --model
+SERVER_SCRIPTS = (  # these take --model
+    "start",
+    "step_profile",
+    "closed_loop",
+    "http_load",
+    "many_adapters",
+)
 SCRIPTS = (*KERNEL_SCRIPTS, *SERVER_SCRIPTS)
 
 
