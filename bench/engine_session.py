@@ -49,6 +49,7 @@ class EngineSession:
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             adapter=image,
+            cache_salt=str(self._num_sent),  # what is asked again is computed again
         )
         wanted = image.digest if image else None
         events: list[TokenEvent] = []

@@ -52,9 +52,12 @@ class Manylora(ServerRival):
 
 
 MANYLORA = (
-    Manylora("manylora", "manylora", (), "defaults, adapters registered throughout"),
     Manylora(
-        "manylora-int8", "manylora, int8 base", ("--quantization", "int8"),
-        "--quantization int8, adapters registered throughout",
+        "manylora", "manylora", ("--no-prefix-cache",),
+        "--no-prefix-cache, adapters registered throughout",
+    ),
+    Manylora(
+        "manylora-int8", "manylora, int8 base", ("--no-prefix-cache", "--quantization", "int8"),
+        "--no-prefix-cache --quantization int8, adapters registered throughout",
     ),
 )  # fmt: skip
