@@ -196,10 +196,10 @@ def _add_adapter(
     """Add one slot's adapter to tokens token .. token + count, count ≤ TILE.
 
     row_ptr: address of the slot's entry for the span's first target; span: address and number of
-    targets of out_start; coming: the rows that the worker reads next; ahead: tokens from here to
-    its next tile; scratch: address of y [TILE, max_rows], and max_rows.
+    targets of out_start, and `_in_lines` of it; coming: the rows that the worker reads next; ahead:
+    tokens from here to its next tile; scratch: address of y [TILE, max_rows], and max_rows.
     """
-    out_start, num_targets = span
+    out_start, num_targets, in_lines = span
     y, max_rows = scratch
     first = i32(row_ptr)[0]
     num_rows = i32(row_ptr)[num_targets] - first
@@ -208,7 +208,7 @@ def _add_adapter(
     a, s, b_at = offsets + 8 * first, scales + 4 * first, (width + 7) // 8 * 8
     # the last token stands for those that the tile lacks: the same result is stored again
     j1, j2, j3 = min(1, count - 1), min(2, count - 1), min(3, count - 1)
-    is_tile = count > 1 and _in_lines(width, out_start, num_targets)
+    is_tile = count > 1 and in_lines
     if is_tile:
         t0, t1 = token * x_stride, (token + j1) * x_stride
         tokens = (t0, t1, (token + j2) * x_stride, (token + j3) * x_stride)
@@ -290,7 +290,7 @@ def add_adapters(
         y_size = (max_rows + 15) // 16 * 16
         y = scratch + 4 * worker * scratch_size
         room = (y, y_size)
-        span = (out_start, num_targets)
+        span = (out_start, num_targets, _in_lines(width, out_start, num_targets))
         tile = -1
         for segment in range(num_segments):
             slot = np.int64(i32(segment_slot)[segment])

@@ -42,7 +42,7 @@ class _Dot:
         return builder.call(function, [sums, weights, inputs])
 
 
-_DOTS = {
+DOTS = {
     types.uint16: _Dot(
         "llvm.x86.avx512bf16.dpbf16ps.512",
         ir.VectorType(ir.FloatType(), LANES),
@@ -57,28 +57,30 @@ _DOTS = {
 """By the element of the weights: bf16 (as its bits), or uint8 beside inputs of int8."""
 
 
-def _integer(value: int) -> Any:
+def constant(value: int) -> Any:
+    """An int64."""
     return ir.Constant(_I64, value)
 
 
-def _pointer(builder: Any, address: Any, offset: Any, pointee: Any) -> Any:
+def pointer_to(builder: Any, address: Any, offset: Any, pointee: Any) -> Any:
+    """The address plus an offset in bytes, as a pointer."""
     return builder.inttoptr(builder.add(address, offset), pointee.as_pointer())
 
 
 def _prefetch(builder: Any, address: Any, offset: Any) -> None:
     """Ask for a cache line, to be kept in the second cache."""
-    pointer = _pointer(builder, address, offset, _I8)
+    pointer = pointer_to(builder, address, offset, _I8)
     hints = [ir.Constant(_I32, value) for value in (0, 2, 1)]
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [pointer, *hints])
 
 
-def _broadcast(builder: Any, address: Any, offset: Any, operand: Any) -> Any:
+def broadcast(builder: Any, address: Any, offset: Any, operand: Any) -> Any:
     """The STEP_BYTES at address + offset in every lane."""
     lanes = ir.VectorType(_I32, LANES)
     undefined = ir.Constant(lanes, ir.Undefined)
-    value = builder.load(_pointer(builder, address, offset, _I32), align=1)
+    value = builder.load(pointer_to(builder, address, offset, _I32), align=1)
     single = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
     everywhere = ir.Constant(lanes, [0] * LANES)
     return builder.bitcast(builder.shuffle_vector(single, undefined, everywhere), operand)
@@ -88,26 +90,26 @@ def _emit_tile(builder: Any, dot: _Dot, num_rows: int, args: Any, done: Any) -> 
     """One loop over the inputs for a fixed number of rows, then its sums to the tile."""
     tile, _, x, x_stride, panel, num_steps, ahead, _ = args
     before, loop = builder.block, builder.append_basic_block(f"steps_of_{num_rows}_rows")
-    rows = [builder.add(x, builder.mul(x_stride, _integer(n))) for n in range(num_rows)]
+    rows = [builder.add(x, builder.mul(x_stride, constant(n))) for n in range(num_rows)]
     builder.branch(loop)
     builder.position_at_end(loop)
     step = builder.phi(_I64)
-    step.add_incoming(_integer(0), before)
+    step.add_incoming(constant(0), before)
     sums = [[builder.phi(dot.sums) for _ in range(_VECTORS)] for _ in rows]
-    offset = builder.mul(step, _integer(_BYTES * _VECTORS))
+    offset = builder.mul(step, constant(_BYTES * _VECTORS))
     weights = []
     for n in range(_VECTORS):
-        at = builder.add(offset, _integer(_BYTES * n))
-        weights.append(builder.load(_pointer(builder, panel, at, dot.operand), align=_BYTES))
+        at = builder.add(offset, constant(_BYTES * n))
+        weights.append(builder.load(pointer_to(builder, panel, at, dot.operand), align=_BYTES))
         _prefetch(builder, ahead, at)
-    x_offset = builder.mul(step, _integer(STEP_BYTES))
+    x_offset = builder.mul(step, constant(STEP_BYTES))
     results = []
     for row, row_sums in zip(rows, sums, strict=True):
-        inputs = _broadcast(builder, row, x_offset, dot.operand)
+        inputs = broadcast(builder, row, x_offset, dot.operand)
         results.append(
             [dot.emit(builder, s, w, inputs) for s, w in zip(row_sums, weights, strict=True)]
         )
-    next_step = builder.add(step, _integer(1))
+    next_step = builder.add(step, constant(1))
     step.add_incoming(next_step, loop)
     for row_sums, row_results in zip(sums, results, strict=True):
         for phi, result in zip(row_sums, row_results, strict=True):
@@ -118,8 +120,8 @@ def _emit_tile(builder: Any, dot: _Dot, num_rows: int, args: Any, done: Any) -> 
     builder.position_at_end(after)
     for n, row_results in enumerate(results):
         for m, result in enumerate(row_results):
-            at = _integer(_BYTES * (_VECTORS * n + m))
-            builder.store(result, _pointer(builder, tile, at, dot.sums), align=4)
+            at = constant(_BYTES * (_VECTORS * n + m))
+            builder.store(result, pointer_to(builder, tile, at, dot.sums), align=4)
     builder.branch(done)
 
 
@@ -141,7 +143,7 @@ def tile_dots(
     STEP_BYTES], aligned to 64 bytes; as much is prefetched from `ahead`. The type of `kind` is that
     of the weights: uint16 for bf16, whose sums are fp32, or uint8 beside int8 inputs: int32.
     """
-    dot = _DOTS[kind]
+    dot = DOTS[kind]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         done = builder.append_basic_block("done")
@@ -154,7 +156,7 @@ def tile_dots(
         builder.position_at_end(entry)
         switch = builder.switch(args[1], done)
         for count, block in enumerate(cases, start=1):
-            switch.add_case(_integer(count), block)
+            switch.add_case(constant(count), block)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
@@ -168,8 +170,8 @@ def load_counts(typingctx: Any, address: Any, index: Any, minus: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = ir.VectorType(_I32, LANES)
         undefined = ir.Constant(lanes, ir.Undefined)
-        offset = builder.mul(args[1], _integer(4))
-        counts = builder.load(_pointer(builder, args[0], offset, lanes), align=4)
+        offset = builder.mul(args[1], constant(4))
+        counts = builder.load(pointer_to(builder, args[0], offset, lanes), align=4)
         single = builder.insert_element(
             undefined, builder.trunc(args[2], _I32), ir.Constant(_I32, 0)
         )
@@ -187,7 +189,7 @@ def store_int8(typingctx: Any, address: Any, index: Any, vector: Any) -> Any:
         bytes_ = ir.VectorType(_I8, LANES)
         builder.store(
             builder.fptosi(args[2], bytes_),
-            _pointer(builder, args[0], args[1], bytes_),
+            pointer_to(builder, args[0], args[1], bytes_),
             align=1,
         )
         return context.get_dummy_value()
@@ -214,8 +216,8 @@ def store_interleaved(
             for at in (low_at, high_at)
         )
         pairs = builder.or_(low, builder.shl(high, ir.Constant(lanes, [16] * LANES)))
-        offset = builder.mul(place, _integer(4))
-        builder.store(pairs, _pointer(builder, target, offset, lanes), align=4)
+        offset = builder.mul(place, constant(4))
+        builder.store(pairs, pointer_to(builder, target, offset, lanes), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, pointer, types.int64, types.int64), codegen
@@ -236,9 +238,9 @@ def store_transposed(
         lanes = ir.VectorType(_I32, LANES)
         vectors = []
         for n in range(LANES):
-            place = builder.load(_pointer(builder, table, _integer(8 * n), _I64), align=8)
-            pairs = builder.add(builder.mul(place, _integer(2)), builder.mul(skip, _integer(4)))
-            vectors.append(builder.load(_pointer(builder, base, pairs, lanes), align=2))
+            place = builder.load(pointer_to(builder, table, constant(8 * n), _I64), align=8)
+            pairs = builder.add(builder.mul(place, constant(2)), builder.mul(skip, constant(4)))
+            vectors.append(builder.load(pointer_to(builder, base, pairs, lanes), align=2))
         for size in (8, 4, 2, 1):
             upper = [n if n & size == 0 else LANES + n - size for n in range(LANES)]
             lower = [n + size if n & size == 0 else LANES + n for n in range(LANES)]
@@ -248,8 +250,8 @@ def store_transposed(
                     shuffle(builder, a, b, order) for order in (upper, lower)
                 )
         for i, vector in enumerate(vectors):
-            offset = builder.mul(builder.add(at, _integer(PANEL * i)), _integer(4))
-            builder.store(vector, _pointer(builder, target, offset, lanes), align=4)
+            offset = builder.mul(builder.add(at, constant(PANEL * i)), constant(4))
+            builder.store(vector, pointer_to(builder, target, offset, lanes), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen

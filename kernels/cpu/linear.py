@@ -43,6 +43,16 @@ INT8_ZERO = 128
 
 
 @part
+def _row_table(reads, segment):
+    """Address of the offsets of a segment's rank rows, and their number."""
+    _, segment_slot, _, row_ptr, ptr_stride, offsets, table_stride, first, stop, _, _ = reads
+    slot = np.int64(i32(segment_slot)[segment])
+    begin = np.int64(i32(row_ptr)[slot * ptr_stride + first])
+    count = i32(row_ptr)[slot * ptr_stride + stop] - begin
+    return offsets + 8 * (slot * table_stride + begin), count
+
+
+@part
 def _ahead(panel, panel_bytes, tile, num_tiles, reads, place, stride):
     """What a tile asks for, of a panel's size: its address, and the place in `reads` after it.
 
@@ -56,37 +66,28 @@ def _ahead(panel, panel_bytes, tile, num_tiles, reads, place, stride):
     if tile == 0:
         return panel + panel_bytes, place
     segment, row = place
-    flat, segment_slot, num_segments, row_ptr, ptr_stride, offsets, table_stride = reads[:7]
-    first, stop, row_bytes = reads[7:10]
-    if segment >= num_segments:
+    if segment >= reads[2]:
         return panel, place
-    slot = np.int64(i32(segment_slot)[segment])
-    begin = np.int64(i32(row_ptr)[slot * ptr_stride + first]) + row
-    num_left = i32(row_ptr)[slot * ptr_stride + stop] - begin
-    num_rows = max(1, panel_bytes // row_bytes)
-    after = (segment, row + num_rows) if num_left > num_rows else (segment + stride, 0)
+    offsets, num_rows = _row_table(reads, segment)
+    num_each, num_left = max(1, panel_bytes // reads[9]), num_rows - row
+    after = (segment, row + num_each) if num_left > num_each else (segment + stride, 0)
     if num_left <= 0:
         return panel, after
-    return flat + i64(offsets)[slot * table_stride + begin] * 2, after
+    return reads[0] + i64(offsets)[row] * 2, after
 
 
 @part
-def _row_table(reads, segment):
-    """Address of the offsets of a segment's rank rows, and their number."""
-    _, segment_slot, _, row_ptr, ptr_stride, offsets, table_stride, first, stop, _, _ = reads
-    slot = np.int64(i32(segment_slot)[segment])
-    begin = np.int64(i32(row_ptr)[slot * ptr_stride + first])
-    count = i32(row_ptr)[slot * ptr_stride + stop] - begin
-    return offsets + 8 * (slot * table_stride + begin), count
+def _begin_reads(reads, worker, num_workers, num_tiles, num_panels):
+    """Where a worker begins to ask for rank rows, the stride of its segments, and rows a panel.
 
-
-@part
-def _rows_each(reads, worker, stride, num_panels):
-    """How many rank rows to ask for beside each of a worker's panels, to have asked for all."""
-    num_rows = 0
-    for segment in range(worker, reads[2], stride):
-        num_rows += _row_table(reads, segment)[1]
-    return (num_rows + num_panels - 1) // max(1, num_panels)
+    The rows are for `_ask_rows`, beside a single tile; several tiles ask by themselves. Segments of
+    several tiles of tokens are read by every worker, others by one in turn.
+    """
+    first, stride, num_rows = (0, 1, 0) if reads[10] else (worker, num_workers, 0)
+    if num_tiles == 1:
+        for segment in range(first, reads[2], stride):
+            num_rows += _row_table(reads, segment)[1]
+    return (np.int64(first), 0), stride, (num_rows + num_panels - 1) // max(1, num_panels)
 
 
 @part
@@ -174,12 +175,9 @@ def multiply(
     for worker in prange(num_workers):
         first_panel = num_panels * worker // num_workers
         last_panel = num_panels * (worker + 1) // num_workers
-        # Segments of several tiles are read by every worker, others by one in turn.
-        stride = 1 if reads[10] else num_workers
-        place = (np.int64(0 if reads[10] else worker), 0)
-        rows_each = 0
-        if num_tiles == 1:
-            rows_each = _rows_each(reads, place[0], stride, last_panel - first_panel)
+        place, stride, rows_each = _begin_reads(
+            reads, worker, num_workers, num_tiles, last_panel - first_panel
+        )
         sums = scratch + worker * scratch_bytes
         for p in range(first_panel, last_panel):
             panel = panels + p * panel_bytes
@@ -214,11 +212,9 @@ def multiply_int8(
     for worker in prange(num_workers):
         first_panel = num_panels * worker // num_workers
         last_panel = num_panels * (worker + 1) // num_workers
-        stride = 1 if reads[10] else num_workers
-        place = (np.int64(0 if reads[10] else worker), 0)
-        rows_each = 0
-        if num_tiles == 1:
-            rows_each = _rows_each(reads, place[0], stride, last_panel - first_panel)
+        place, stride, rows_each = _begin_reads(
+            reads, worker, num_workers, num_tiles, last_panel - first_panel
+        )
         counts = scratch + worker * scratch_bytes
         x_scale = counts + 4 * TILE_ROWS * PANEL
         x_sum = x_scale + 4 * num_tokens

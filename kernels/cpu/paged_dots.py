@@ -11,9 +11,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels.cpu.dots import DOTS, broadcast, constant, pointer_to
 from kernels.cpu.simd import LANES, LINE, QUARTERS, BFloat, emit_totals, f32x16, shuffle
 
 MAX_ROWS = 4
@@ -23,15 +23,8 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SUMS = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 _HALVES = ir.VectorType(_I16, 2 * LANES)
-_WORDS = ir.VectorType(_I32, LANES)
 
-
-def _integer(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def _pointer(builder: Any, address: Any, offset: Any, pointee: Any) -> Any:
-    return builder.inttoptr(builder.add(address, offset), pointee.as_pointer())
+_DOT = DOTS[types.uint16]
 
 
 def _element(builder: Any, pointer: Any, index: Any, pointee: Any) -> Any:
@@ -39,13 +32,7 @@ def _element(builder: Any, pointer: Any, index: Any, pointee: Any) -> Any:
 
 
 def _place(builder: Any, places: Any, index: Any) -> Any:
-    return builder.load(_pointer(builder, places, builder.mul(index, _integer(8)), _I64), align=8)
-
-
-def _dot(builder: Any, sums: Any, x: Any, y: Any) -> Any:
-    kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
-    name = "llvm.x86.avx512bf16.dpbf16ps.512"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [sums, x, y])
+    return builder.load(pointer_to(builder, places, builder.mul(index, constant(8)), _I64), align=8)
 
 
 @intrinsic
@@ -59,20 +46,20 @@ def score_keys(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         cache, table, offset, source, start, count = args
-        keys = [builder.add(_place(builder, table, _integer(n)), offset) for n in range(LANES)]
+        keys = [builder.add(_place(builder, table, constant(n)), offset) for n in range(LANES)]
         before, loop = builder.block, builder.append_basic_block("lines")
         builder.branch(loop)
         builder.position_at_end(loop)
         line = builder.phi(_I64)
-        line.add_incoming(_integer(0), before)
+        line.add_incoming(constant(0), before)
         sums = [builder.phi(_SUMS) for _ in keys]
-        skip = builder.mul(line, _integer(LINE))
+        skip = builder.mul(line, constant(LINE))
         x = builder.load(_element(builder, source, builder.add(start, skip), _PAIRS), align=2)
         results = []
         for key, total in zip(keys, sums, strict=True):
             pointer = _element(builder, cache, builder.add(key, skip), _PAIRS)
-            results.append(_dot(builder, total, x, builder.load(pointer, align=2)))
-        following = builder.add(line, _integer(1))
+            results.append(_DOT.emit(builder, total, x, builder.load(pointer, align=2)))
+        following = builder.add(line, constant(1))
         line.add_incoming(following, loop)
         for total, result in zip(sums, results, strict=True):
             total.add_incoming(ir.Constant(_SUMS, None), before)
@@ -105,10 +92,10 @@ def _emit_values(builder: Any, num_rows: int, args: Any, done: Any) -> None:
     sums_at, sums_stride, weights_at, weights_stride, kv, places, num_pairs, at, _ = args
     targets = [
         [
-            _pointer(
+            pointer_to(
                 builder,
                 sums_at,
-                builder.add(builder.mul(sums_stride, _integer(n)), _integer(4 * LANES * part)),
+                builder.add(builder.mul(sums_stride, constant(n)), constant(4 * LANES * part)),
                 _SUMS,
             )
             for part in (0, 1)
@@ -120,27 +107,24 @@ def _emit_values(builder: Any, num_rows: int, args: Any, done: Any) -> None:
     builder.branch(loop)
     builder.position_at_end(loop)
     pair = builder.phi(_I64)
-    pair.add_incoming(_integer(0), before)
+    pair.add_incoming(constant(0), before)
     sums = [[builder.phi(_SUMS) for _ in row] for row in targets]
-    first = builder.mul(pair, _integer(2))
+    first = builder.mul(pair, constant(2))
     lines = [
         builder.load(
             _element(builder, kv, builder.add(_place(builder, places, index), at), _HALVES),
             align=2,
         )
-        for index in (first, builder.add(first, _integer(1)))
+        for index in (first, builder.add(first, constant(1)))
     ]
     values = _interleaved(builder, *lines)
     results = []
     for n, row in enumerate(sums):
-        row_at, pair_at = builder.mul(weights_stride, _integer(n)), builder.mul(pair, _integer(4))
+        row_at, pair_at = builder.mul(weights_stride, constant(n)), builder.mul(pair, constant(4))
         place = builder.add(row_at, pair_at)
-        word = builder.load(_pointer(builder, weights_at, place, _I32), align=2)
-        undefined = ir.Constant(_WORDS, ir.Undefined)
-        single = builder.insert_element(undefined, word, ir.Constant(_I32, 0))
-        weight = builder.bitcast(shuffle(builder, single, undefined, [0] * LANES), _PAIRS)
-        results.append([_dot(builder, s, v, weight) for s, v in zip(row, values, strict=True)])
-    following = builder.add(pair, _integer(1))
+        weight = broadcast(builder, weights_at, place, _PAIRS)
+        results.append([_DOT.emit(builder, s, v, weight) for s, v in zip(row, values, strict=True)])
+    following = builder.add(pair, constant(1))
     pair.add_incoming(following, loop)
     for row, starts, ends in zip(sums, begun, results, strict=True):
         for phi, start, end in zip(row, starts, ends, strict=True):
@@ -185,7 +169,7 @@ def add_values(
         builder.position_at_end(entry)
         switch = builder.switch(args[-1], done)
         for count, block in enumerate(cases, start=1):
-            switch.add_case(_integer(count), block)
+            switch.add_case(constant(count), block)
         builder.position_at_end(done)
         return context.get_dummy_value()
 

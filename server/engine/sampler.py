@@ -117,7 +117,7 @@ def _most_probable(logits: Tensor) -> Tensor:
     """The first index of each row's largest logit, [N] int64.
 
     On a CPU torch looks for the index without vector instructions: it is left with one block of
-    the vocabulary, found by the blocks' maxima, and takes a fifth of the time.
+    the vocabulary, found by the blocks' maxima.
     """
     num_rows, vocab = logits.shape
     if logits.device.type != "cpu" or vocab % GREEDY_BLOCK:
